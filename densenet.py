@@ -1,0 +1,546 @@
+"""DenseNet-BC (Huang et al., "Densely Connected Convolutional Networks", CVPR 2017) in one importable file.
+
+    from densenet import DenseNet
+    logProbabilities = DenseNet(growthRate=12, depth=100, reduction=0.5, nClasses=10)(images)
+
+The textbook network comes first. Below it stands the efficient dense block: the same function, trained in less
+memory and less time; ``efficient=False`` switches it off.
+"""
+
+import math
+import os
+import pickle
+TILE=int(os.environ.get("TILE","4096"))
+import zipfile
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.modules import module as nn_module
+
+
+class Bottleneck(nn.Module):
+    """BN-ReLU-conv 1x1 to 4k channels, BN-ReLU-conv 3x3 to k, concatenated behind the input (paper, section 3)."""
+
+    def __init__(self, nChannels: int, growthRate: int, dropRate: float = 0.0):
+        super().__init__()
+        interChannels = 4 * growthRate
+        self.bn1 = nn.BatchNorm2d(nChannels)
+        self.conv1 = nn.Conv2d(nChannels, interChannels, kernel_size=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(interChannels)
+        self.conv2 = nn.Conv2d(interChannels, growthRate, kernel_size=3, padding=1, bias=False)
+        self.dropRate = dropRate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C + k, H, W)"""
+        out = dropout(self.conv1(F.relu(self.bn1(x))), self.dropRate, self.training)
+        out = dropout(self.conv2(F.relu(self.bn2(out))), self.dropRate, self.training)
+        return torch.cat((x, out), 1)
+
+
+class SingleLayer(nn.Module):
+    """The original layer, without bottleneck: BN-ReLU-conv 3x3 to k channels, concatenated behind the input."""
+
+    def __init__(self, nChannels: int, growthRate: int, dropRate: float = 0.0):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(nChannels)
+        self.conv1 = nn.Conv2d(nChannels, growthRate, kernel_size=3, padding=1, bias=False)
+        self.dropRate = dropRate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C + k, H, W)"""
+        out = dropout(self.conv1(F.relu(self.bn1(x))), self.dropRate, self.training)
+        return torch.cat((x, out), 1)
+
+
+class DenseBlock(nn.Sequential):
+    """Layers that each read what all layers before them have made.
+
+    ``last_path`` is the way the last forward pass took: "textbook", "efficient" or "max" (None: not run yet).
+    """
+
+    last_path: str | None = None
+
+
+class Transition(nn.Module):
+    """BN-ReLU-conv 1x1 to floor(reduction * C) channels, then 2x2 average pooling (paper, section 3)."""
+
+    def __init__(self, nChannels: int, nOutChannels: int, dropRate: float = 0.0):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(nChannels)
+        self.conv1 = nn.Conv2d(nChannels, nOutChannels, kernel_size=1, bias=False)
+        self.dropRate = dropRate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C', H // 2, W // 2)"""
+        out = dropout(self.conv1(F.relu(self.bn1(x))), self.dropRate, self.training)
+        return F.avg_pool2d(out, 2)
+
+
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    return F.dropout(x, p, training) if p > 0 else x
+
+
+class DenseNet(nn.Module):
+    """DenseNet with three dense blocks for small images (paper, section 4); input (N, inChannels, H, W), H, W >= 4.
+
+    Returns the log-probabilities (N, nClasses); ``net.fc(net.features(x))`` are the logits.
+
+    Args:
+        growthRate: k, the channels that each layer adds.
+        depth: L, the layers with weights outside of the classifier's pooling: 6n + 4 with bottleneck, 3n + 4 without.
+        reduction: theta, the share of channels that a transition keeps, in (0, 1].
+        nClasses: number of classes.
+        bottleneck: True is the paper's B (1x1 convolution to 4k before each 3x3), False the original layer.
+        dropRate: dropout after every convolution but the first, in [0, 1); the paper uses 0.2 without augmentation.
+        initChannels: channels of the first convolution; None is 2k. The paper's parameter counts of the networks
+            without bottleneck (1.0, 7.0 and 27.2 M) are those of 16.
+        inChannels: channels of the images.
+        efficient: the dense block's path in training. True: the exact function with memory linear in depth.
+            "max": less memory again, for one 1x1 product more a layer. False: the textbook layers above.
+            Evaluation, hooks, ``torch.compile``, export and the like take the textbook layers by themselves.
+
+    Convolutions start at N(0, sqrt(2 / (kernel area * output channels))): a ReLU halves the signal's power, so this
+    keeps the variance of the *gradients* constant through depth (He et al. 2015, equation 14); batch norm sees to the
+    forward direction. Batch norms start at 1 and 0, the classifier's bias at 0.
+
+    Raises:
+        ValueError: for impossible geometry, with the nearest valid values.
+    """
+
+    def __init__(self, growthRate: int = 12, depth: int = 100, reduction: float = 0.5, nClasses: int = 10,
+                 bottleneck: bool = True, *, dropRate: float = 0.0, initChannels: int | None = None,
+                 inChannels: int = 3, efficient: bool | str = True):
+        super().__init__()
+        check_geometry(growthRate, depth, reduction, nClasses, bottleneck, dropRate, initChannels, inChannels)
+        if efficient not in (True, False, "max"):
+            raise ValueError(f"efficient is {efficient!r}; valid are True, False and 'max'")
+        self.arguments = dict(
+            growthRate=growthRate, depth=depth, reduction=reduction, nClasses=nClasses, bottleneck=bottleneck,
+            dropRate=dropRate, initChannels=initChannels, inChannels=inChannels)
+        self.efficient = efficient
+
+        layers = (depth - 4) // (6 if bottleneck else 3)  # per block
+        layer = Bottleneck if bottleneck else SingleLayer
+        nChannels = 2 * growthRate if initChannels is None else initChannels
+        self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=3, padding=1, bias=False)
+        for b in (1, 2, 3):
+            block = DenseBlock(*(layer(nChannels + i * growthRate, growthRate, dropRate) for i in range(layers)))
+            self.add_module(f"dense{b}", block)
+            nChannels += layers * growthRate
+            if b < 3:
+                nOutChannels = math.floor(nChannels * reduction)
+                if nOutChannels < 1:
+                    raise ValueError(f"reduction is {reduction}, which leaves none of the {nChannels} channels after "
+                                     f"block {b}; valid is {1 / nChannels:.3g} to 1")
+                self.add_module(f"trans{b}", Transition(nChannels, nOutChannels, dropRate))
+                nChannels = nOutChannels
+        self.bn1 = nn.BatchNorm2d(nChannels)
+        self.fc = nn.Linear(nChannels, nClasses)
+
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(self.fc(self.features(x)), dim=1)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """The pooled features (N, C) that the classifier reads. BC 100-12 on CIFAR:"""
+        self._check_input(x)
+        x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
+        x = self._dense_and_transition(self.dense1, self.trans1, x)  # -> (N, 216, 32, 32) -> (N, 108, 16, 16)
+        x = self._dense_and_transition(self.dense2, self.trans2, x)  # -> (N, 300, 16, 16) -> (N, 150, 8, 8)
+        if path := self._efficient_path(self.dense3, [self.bn1], x):
+            return efficient_block(self.dense3, self.bn1, x, tuple(x.shape[2:]), path == "max").flatten(1)
+        return F.relu(self.bn1(self.dense3(x))).mean((2, 3))  # -> (N, 342, 8, 8) -> (N, 342)
+
+    def _dense_and_transition(self, block: DenseBlock, trans: Transition, x: torch.Tensor) -> torch.Tensor:
+        path = self._efficient_path(block, [trans.bn1, trans, trans.conv1], x)
+        if not path:
+            return trans(block(x))
+        if trans.dropRate > 0:  # dropout stands between the convolution and the pooling: they cannot change places
+            x = trans.conv1(efficient_block(block, trans.bn1, x, (1, 1), path == "max"))
+            return F.avg_pool2d(dropout(x, trans.dropRate, True), 2)
+        # pool(conv(a)) = conv(pool(a)) for a 1x1 convolution: pooled first, it costs a quarter
+        return trans.conv1(efficient_block(block, trans.bn1, x, (2, 2), path == "max"))
+
+    def _efficient_path(self, block: DenseBlock, after: list[nn.Module], x: torch.Tensor) -> str | None:
+        """"efficient" or "max", or None for the textbook layers; noted in ``block.last_path``."""
+        if torch.compiler.is_compiling():
+            return None
+        path = {True: "efficient", "max": "max", False: None}[self.efficient]
+        if path and not can_be_efficient(block, after, x):
+            path = None
+        block.last_path = path or "textbook"
+        return path
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(f"input has shape {tuple(x.shape)}; valid is (N, {self.conv1.in_channels}, H, W)")
+        if x.shape[2] < 4 or x.shape[3] < 4:
+            raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small to be halved twice; valid is 4x4 or more")
+
+
+def check_geometry(growthRate: int, depth: int, reduction: float, nClasses: int, bottleneck: bool, dropRate: float,
+                   initChannels: int | None, inChannels: int) -> None:
+    """Raises a ValueError that names the first value no such network can have, and the nearest valid ones."""
+    sizes = dict(growthRate=growthRate, depth=depth, nClasses=nClasses, inChannels=inChannels)
+    if initChannels is not None:
+        sizes["initChannels"] = initChannels
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; valid are whole numbers from 1")
+    step = 6 if bottleneck else 3
+    if depth < 4 + step or (depth - 4) % step:
+        below = max(1, (depth - 4) // step) * step + 4
+        nearest = f"{below}" if depth < below else f"{below} and {below + step}"
+        kind = "with" if bottleneck else "without"
+        raise ValueError(f"depth is {depth}; valid {kind} bottleneck is {step}n + 4, nearest {nearest}")
+    if not 0 < reduction <= 1:
+        raise ValueError(f"reduction is {reduction}; valid is above 0 and at most 1")
+    if not 0 <= dropRate < 1:
+        raise ValueError(f"dropRate is {dropRate}; valid is from 0 to below 1")
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNet:
+    """The trained network of a checkpoint that train.py wrote, in evaluation mode.
+
+    ``mean`` and ``std`` (inChannels, 1, 1) are what its input in [0, 1] was normalised by; ``classes`` names its
+    outputs.
+
+    Raises:
+        ValueError: if the file is damaged or not such a checkpoint.
+        OSError: if it cannot be read.
+    """
+    checkpoint = read_checkpoint(path, device)
+    net = DenseNet(**checkpoint["arguments"]).to(device)
+    net.load_state_dict(checkpoint["model"])
+    for name in ("mean", "std"):
+        net.register_buffer(name, torch.tensor(checkpoint[name], device=device)[:, None, None], persistent=False)
+    net.classes = checkpoint["classes"]
+    return net.eval()
+
+
+def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
+    """The dict that train.py saved, each byte checked against its checksum; never runs code of the file.
+
+    Raises: as ``load``.
+    """
+    try:
+        with open(path, "rb") as file:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+                if bad := archive.testzip():
+                    raise ValueError(f"{path} is damaged (at {bad})")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except (OSError, ValueError):
+        raise
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it holds other objects than tensors and plain "
+                         "values, and loading those could run code") from None
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or not a checkpoint of train.py "
+                         f"({str(error).splitlines()[0][:120]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is not a checkpoint of this train.py: its format is {found}; valid is 1")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The efficient dense block
+# ----------------------------------------------------------------------------------------------------------------
+
+TILE = 16384  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then the calls' own cost shows
+
+
+def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],
+                    recompute: bool) -> torch.Tensor:
+    """``avg_pool2d(relu(norm(block(x))), pool)``, and every batch norm's running statistics brought up to date."""
+    bottleneck = isinstance(block[0], Bottleneck)
+    parameters = []
+    for layer in block:
+        parameters += layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
+        if bottleneck:
+            parameters += layer.bn2.weight, layer.bn2.bias, layer.conv2.weight
+    spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, recompute, activation_dtype(x, norm.weight))
+    with torch.autocast(x.device.type, enabled=False):  # what is cast, and where, the block decides itself
+        out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
+    for layer in block:
+        update_running_statistics(layer.bn1, mean, var)
+        if bottleneck:
+            update_running_statistics(layer.bn2, *inner[:2])
+            inner = inner[2:]
+    update_running_statistics(norm, mean, var)
+    return out
+
+
+@torch.no_grad()
+def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor) -> None:
+    c = norm.num_features
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean[:c], norm.momentum)
+    norm.running_var.lerp_(var[:c], norm.momentum)
+
+
+class BlockSpec(NamedTuple):
+    bottleneck: bool
+    eps: float
+    dropRate: float
+    pool: tuple[int, int]
+    recompute: bool  # the bottleneck's 1x1 product is made again in the backward pass rather than kept
+    dtype: torch.dtype  # of activations; statistics, parameters and their gradients stay in the parameters' own
+
+
+class EfficientBlock(torch.autograd.Function):
+    """A dense block in training mode, with the batch norm, ReLU and average pooling that follow it.
+
+    Channel c of the block has one batch mean and variance, however many layers normalise it. Hence
+
+        xhat_c = (x_c - mean_c) rstd_c              once per channel, when the channel is made
+        a_l    = relu(gamma_l xhat[:C_l] + beta_l)  element by element; made again when needed, never kept
+        h_l    = W_l a_l                            the layer's first convolution
+
+    and backward, where G, the gradient of xhat, collects what every layer that reads xhat sends back:
+
+        da_l     = W_l^T dh_l, zero where a_l is
+        dbeta_l  = sum(da_l),  dgamma_l = sum(da_l xhat)
+        G[:C_l] += gamma_l da_l
+        dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
+
+    The two means take no pass over G: they are the sums over the layers of gamma_l dbeta_l and gamma_l dgamma_l.
+    A bottleneck's second batch norm has one reader, so torch's own serves. Kept for the backward pass: xhat, each
+    bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
+
+    Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. A layer is
+    worked through in tiles of images, so that what is made in between stays in a CPU's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x, spec, *parameters):
+        """-> pooled activations (N, C, H', W'); then, without gradient, mean and unbiased variance of the block's
+        channels and of each bottleneck's."""
+        *layers, (gamma, beta) = split_layers(parameters, spec)
+        c, k = x.shape[1], layers[0][-1].shape[0]
+        xhat = empty_images(len(x), c + k * len(layers), x, spec.dtype)
+        mean, var, rstd = gamma.new_empty(3, xhat.shape[1])
+        kept, inner = [], []  # kept is a stack: backward takes from its end
+
+        def append(new, at):
+            xhat[:, at], mean[at], var[at], rstd[at] = normalise(new, spec.eps)
+
+        append(x, slice(0, c))
+        for layer in layers:
+            h = drop(affine_relu_conv(xhat[:, :c], *layer[:3]), spec.dropRate, kept)
+            if spec.bottleneck:
+                h, mean2, var2, rstd2 = normalise(h, spec.eps)
+                inner += mean2, var2
+                kept += (mean2 if spec.recompute else h), rstd2
+                h = drop(affine_relu_conv(h, *layer[3:]), spec.dropRate, kept)
+            append(h, slice(c, c + k))
+            c += k
+        out = torch.cat([F.avg_pool2d(affine_relu(hat, gamma, beta), spec.pool) for (hat,) in tiles(xhat)])
+
+        ctx.spec, ctx.nParameters = spec, len(parameters)
+        ctx.save_for_backward(*parameters, xhat, rstd, *kept)
+        ctx.mark_non_differentiable(mean, var, *inner)
+        return out, mean, var, *inner
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the efficient dense block can be differentiated only once; for second derivatives "
+                               "(create_graph=True) build the network with efficient=False")
+        with torch.autocast(dout.device.type, enabled=False):
+            return EfficientBlock.gradients(ctx.spec, dout, ctx.saved_tensors, ctx.nParameters)
+
+    @staticmethod
+    def gradients(spec, dout, saved, nParameters):
+        *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
+        xhat, rstd, *kept = saved[nParameters:]
+        m, k = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0]
+
+        G = torch.zeros_like(xhat, dtype=gamma.dtype)
+        sums = gamma.new_zeros(2, len(gamma))  # of G and of G xhat, over N, H and W
+        grads = collect(pool_backward(dout, xhat, gamma, beta, spec.pool), xhat, gamma, G, sums)
+        for layer in reversed(layers):
+            c = len(layer[0])
+            new = slice(c, c + k)
+            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sums[:, new] / m).to(spec.dtype)
+            if spec.bottleneck:
+                gamma1, beta1, weight1, gamma2, beta2, weight2 = layer
+                dh = undrop(dh, spec.dropRate, kept)
+                rstd2, h = kept.pop(), kept.pop()
+                if spec.recompute:
+                    mean2 = h
+                    h = affine_relu_conv(xhat[:, :c], gamma1, beta1, weight1)
+                    h = undrop(h, spec.dropRate, kept[-1:])  # the same mask, which stays for dh
+                    h = ((h - column(mean2)) * column(rstd2)).to(spec.dtype)
+                dweight2 = torch.zeros_like(weight2)
+                da = torch.cat([*conv_backward(dh, h, gamma2, beta2, weight2, dweight2)])
+                dh, dgamma2, dbeta2 = batch_norm_backward(da, h, gamma2, rstd2)
+                grads = [dgamma2, dbeta2, dweight2, *grads]
+            dh = undrop(dh, spec.dropRate, kept)
+            dweight = torch.zeros_like(layer[2])
+            das = conv_backward(dh, xhat[:, :c], *layer[:3], dweight)
+            grads = [*collect(das, xhat[:, :c], layer[0], G[:, :c], sums[:, :c]), dweight, *grads]
+        dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sums[:, :c] / m)
+        return dx, None, *grads
+
+
+def split_layers(parameters, spec):
+    """-> for each layer (gamma, beta, weight), twice with bottleneck; then the last norm's (gamma, beta)"""
+    size = 6 if spec.bottleneck else 3
+    return [parameters[i:i + size] for i in range(0, len(parameters), size)]
+
+
+def tiles(*tensors):
+    """The tensors' images, a tile at a time; all at once where a cache cannot hold a tile anyway."""
+    n, _, height, width = tensors[-1].shape
+    size = max(1, TILE // (height * width)) if tensors[-1].device.type == "cpu" else n
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+def empty_images(n, c, like, dtype):
+    return torch.empty((n, c, *like.shape[2:]), dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def column(v):
+    """A value a channel, to be broadcast over (N, C, H, W)."""
+    return v[:, None, None]
+
+
+def normalise(x, eps):
+    """-> xhat, mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
+    mean, var = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    xhat, _, rstd = torch.native_batch_norm(x, None, None, mean, var, True, 1.0, eps)  # momentum 1: this batch's alone
+    return xhat, mean, var, rstd
+
+
+def normalise_backward(G, xhat, rstd, means):
+    """dx, as in the identity's last line"""
+    return torch.sub(G, column(means[0])).addcmul_(xhat, column(means[1]), value=-1).mul_(column(rstd))
+
+
+def batch_norm_backward(da, xhat, gamma, rstd):
+    """-> the gradients of a batch norm's input, gamma and beta, from its normalised input"""
+    zero, one = torch.zeros_like(gamma), torch.ones_like(gamma)  # mean and deviation of xhat
+    return torch.ops.aten.native_batch_norm_backward(
+        da, xhat, gamma * rstd, None, None, zero, one, True, 0.0, [True, True, True])
+
+
+def affine_relu(xhat, gamma, beta, out=None):
+    return torch.addcmul(column(beta), xhat, column(gamma), out=out).to(xhat.dtype).relu_()
+
+
+def affine_relu_conv(xhat, gamma, beta, weight):
+    """h = W relu(gamma xhat + beta)"""
+    weight = weight.to(xhat.dtype)
+    h = [F.conv2d(affine_relu(hat, gamma, beta), weight, padding=weight.shape[-1] // 2) for (hat,) in tiles(xhat)]
+    return torch.cat(h) if len(h) > 1 else h[0]
+
+
+def conv_backward(dh, xhat, gamma, beta, weight, dweight):
+    """Yields da, a tile at a time, and adds to dweight."""
+    padding, low = weight.shape[-1] // 2, weight.to(xhat.dtype)
+    for dout, hat in tiles(dh, xhat):
+        a = affine_relu(hat, gamma, beta)
+        da, dw, _ = torch.ops.aten.convolution_backward(
+            dout, a, low, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))
+        dweight += dw
+        yield torch.ops.aten.threshold_backward(da, a, 0)
+
+
+def pool_backward(dout, xhat, gamma, beta, pool):
+    """Yields da, a tile at a time, for the activations behind the block."""
+    for dpooled, hat in tiles(dout, xhat):
+        a = affine_relu(hat, gamma, beta)
+        da = torch.ops.aten.avg_pool2d_backward(dpooled, a, pool, pool, (0, 0), False, True, None)
+        yield torch.ops.aten.threshold_backward(da, a, 0)
+
+
+def collect(das, xhat, gamma, G, sums):
+    """-> [dgamma, dbeta]; adds gamma da to G, and to the sums what that adds to them"""
+    dgamma, dbeta = torch.zeros_like(gamma), torch.zeros_like(gamma)
+    for da, (hat, g) in zip(das, tiles(xhat, G), strict=True):
+        da = da.to(gamma.dtype)
+        dbeta += da.sum((0, 2, 3))
+        g.addcmul_(da, column(gamma))
+        dgamma += da.mul_(hat).sum((0, 2, 3))
+    sums[0] += gamma * dbeta
+    sums[1] += gamma * dgamma
+    return [dgamma, dbeta]
+
+
+def drop(h, p, kept):
+    """Dropout; the mask, if there is one, goes onto the stack."""
+    if p == 0:
+        return h
+    kept.append(F.dropout(torch.ones_like(h), p).bool())
+    return h * kept[-1] / (1 - p)
+
+
+def undrop(dh, p, kept):
+    """Dropout's gradient, by the mask on top of the stack."""
+    return dh if p == 0 else dh * kept.pop() / (1 - p)
+
+
+# --- where the efficient block is right: an allow-list -----------------------------------------------------------
+
+def can_be_efficient(block: DenseBlock, after: list[nn.Module], x: torch.Tensor) -> bool:
+    """Whether a block, with the norm ``after[0]`` and what else of ``after`` follows it, is exactly what the efficient
+    block computes: the paper's modules, untouched, in training mode, on a plain tensor, seen by nobody else."""
+    norm, layers = after[0], [*block]
+    if (type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda") or is_transformed()
+            or nn_module._has_any_global_hook() or x.numel() == x.shape[1] or not layers):
+        return False
+    kind = type(layers[0])
+    if kind not in (Bottleneck, SingleLayer) or any(type(layer) is not kind for layer in layers):
+        return False
+    modules = [block, *after]
+    norms, convs = [norm], []
+    for layer in layers:
+        modules += layer, *layer.children()
+        norms += [layer.bn1, layer.bn2] if kind is Bottleneck else [layer.bn1]
+        convs += [(layer.conv1, 1), (layer.conv2, 3)] if kind is Bottleneck else [(layer.conv1, 3)]
+    return (type(block) is DenseBlock and all(untouched(module) for module in modules)
+            and all(plain_norm(n, norm) for n in norms) and all(plain_conv(conv, size) for conv, size in convs)
+            and len({layer.dropRate for layer in layers}) == 1
+            and all(p.device == x.device and p.dtype == norm.weight.dtype for n in norms for p in n.parameters())
+            and all(c.weight.device == x.device and c.weight.dtype == norm.weight.dtype for c, _ in convs)
+            and norm.weight.dtype in (torch.float32, torch.float64)
+            and x.dtype in (norm.weight.dtype, activation_dtype(x, norm.weight)))
+
+
+def is_transformed() -> bool:
+    """Inside torch.func, forward-mode differentiation or torch.jit.trace, which see only torch's own operations."""
+    return (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+            or torch.jit.is_tracing())
+
+
+def activation_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type) and parameter.dtype == torch.float32:
+        return torch.get_autocast_dtype(x.device.type)
+    return parameter.dtype
+
+
+def untouched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return module.training and not any(hooks) and "forward" not in vars(module)
+
+
+def plain_norm(norm: nn.Module, like: nn.BatchNorm2d) -> bool:
+    return (type(norm) is nn.BatchNorm2d and type(norm.weight) is nn.Parameter and type(norm.bias) is nn.Parameter
+            and norm.track_running_stats and norm.running_mean is not None and norm.eps == like.eps
+            and norm.momentum is not None)
+
+
+def plain_conv(conv: nn.Module, size: int) -> bool:
+    return (type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and conv.bias is None
+            and conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2)
+            and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros")

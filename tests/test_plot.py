@@ -1,0 +1,546 @@
+"""plot.py: the figures it writes, the window it finds, and what it says to bad input."""
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import plot
+
+SCRIPT = Path(plot.__file__).resolve()
+HEADER = "epoch,loss,error\n"
+FIGURES = ["error.png", "loss-error.png", "loss.png"]
+
+
+def write_run(path, n_epochs=3, batches=20, header=HEADER, zeros=False, val=False):
+    """A run whose error halves every epoch; with zeros, the last epoch's training error is 0."""
+    path.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).uniform(0.8, 1.2, n_epochs * batches)
+    epochs = np.arange(n_epochs * batches) / batches
+    errors = 60 * 0.5**epochs * noise * (1 - zeros * (epochs >= n_epochs - 1))
+    rows = [f"{epoch},{error / 50 + 0.01},{error}\n" for epoch, error in zip(epochs, errors, strict=True)]
+    (path / "train.csv").write_text(header + "".join(rows))
+    rows = [f"{epoch},{1.5 * 0.5**epoch},{70 * 0.5**epoch}\n" for epoch in range(1, n_epochs + 1)]
+    for name in ["test.csv"] + ["val.csv"] * val:
+        (path / name).write_text(header + "".join(rows))
+    return path
+
+
+def run_script(*args, **options):
+    command = [sys.executable, SCRIPT, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def names(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def drawn(run, column="error"):
+    """The axes of a run, or of several, for a look at what the PNG shows."""
+    runs = run if isinstance(run, list) else [run]
+    axes = Figure(layout="constrained").subplots()
+    plot.draw(axes, [plot.read_run(path, path.name if len(runs) > 1 else "") for path in runs], column)
+    return axes
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def y_ticks(axes):
+    return [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def assert_drawn(path, width, height=600):
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    image = matplotlib.image.imread(path)[..., :3]
+    assert image.shape == (height, width, 3)
+    assert 0.01 < (image < 0.9).any(axis=2).mean() < 0.3  # neither blank nor filled
+    blue = np.abs(image - np.array([0, 0x72, 0xB2]) / 255).max(axis=2) < 0.02
+    assert blue.sum() > 200  # the test curve
+
+
+def refused(capsys, *args):
+    """The one line on stderr with which main() refuses."""
+    assert plot.main([str(arg) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("plot.py: error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# The real script
+
+
+def test_script_draws_a_run_into_its_directory(tmp_path):
+    run = write_run(tmp_path / "run")
+    result = run_script(run, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split() == [str(run / name) for name in ("loss.png", "error.png", "loss-error.png")]
+    assert_drawn(run / "loss.png", 900)
+    assert_drawn(run / "error.png", 900)
+    assert_drawn(run / "loss-error.png", 1800)
+    assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
+    assert names(tmp_path) == ["run"]
+
+
+def test_script_is_executable_and_starts_with_its_own_interpreter_line():
+    assert os.access(SCRIPT, os.X_OK)
+    assert SCRIPT.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+def test_script_refuses_in_one_line_without_traceback(tmp_path):
+    result = run_script(tmp_path / "none")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert f"{tmp_path / 'none'}: no such directory" in result.stderr
+
+
+def test_help_says_where_the_figures_go():
+    result = run_script("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    text = " ".join(result.stdout.split())
+    assert "default: the run's own directory; for several runs the current directory" in text
+
+
+def test_300_epochs_take_less_than_5_seconds(tmp_path):
+    write_run(tmp_path, n_epochs=300, batches=782)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_script(tmp_path).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: a busy machine does not change it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+def test_imports_neither_torch_nor_pyplot():
+    code = "import sys, plot; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=60).returncode == 0
+
+
+def test_figures_get_the_permissions_of_the_umask(tmp_path):
+    run = write_run(tmp_path)
+    assert run_script(run, umask=0o027).returncode == 0
+    assert [stat.S_IMODE((run / name).stat().st_mode) for name in FIGURES] == [0o640] * 3
+
+
+def test_failed_write_keeps_the_old_figure_and_leaves_nothing_behind(tmp_path):
+    run = write_run(tmp_path)
+    (run / "loss.png").write_bytes(b"old")
+    before = names(run)
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); import plot; "
+    code = limit + "sys.exit(plot.main(sys.argv[1:]))"  # a file ends at 1000 bytes, as on a full disk
+    result = subprocess.run([sys.executable, "-B", "-c", code, run], cwd=SCRIPT.parent, capture_output=True,
+                            text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"plot.py: error: {run / 'loss.png'}: cannot be written (File too large)\n"
+    assert (run / "loss.png").read_bytes() == b"old"
+    assert names(run) == before
+
+
+# Reading
+
+
+@pytest.mark.parametrize("header", [HEADER, "", HEADER.replace("\n", "\r\n")])
+def test_reads_with_and_without_header(tmp_path, header):
+    (tmp_path / "a.csv").write_bytes((header + "0.0,2.5,90.0\n0.5,1e-3,0\n").encode())
+    frame = plot.read_csv(tmp_path / "a.csv")
+    assert list(frame.columns) == ["epoch", "loss", "error"]
+    assert frame.to_numpy().tolist() == [[0, 2.5, 90], [0.5, 1e-3, 0]]
+
+
+@pytest.mark.parametrize("torn", ["1", "1.5", "1.5,", "1.5,0.", "1.5,0.3,", "1.5,0.3,4", "1.5,0.3,-", "junk"])
+def test_ignores_a_last_line_without_newline(tmp_path, torn):
+    (tmp_path / "a.csv").write_text(HEADER + "0,2,90\n1,1,80\n" + torn)
+    assert plot.read_csv(str(tmp_path / "a.csv"))["error"].tolist() == [90, 80]
+
+
+@pytest.mark.parametrize("text", ["", HEADER, "epoch,lo", HEADER + "1,2,3", "1,2,3"])
+def test_no_whole_row_is_an_empty_frame(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    frame = plot.read_csv(tmp_path / "a.csv")
+    assert list(frame.columns) == ["epoch", "loss", "error"]
+    assert frame.empty and frame.to_numpy().dtype == np.float64
+
+
+def test_nan_and_inf_are_numbers_of_a_diverged_run(tmp_path):
+    (tmp_path / "a.csv").write_text(HEADER + "0,2,90\n1,nan,90\n2,inf,nan\n3,-inf,NaN\n")
+    frame = plot.read_csv(tmp_path / "a.csv")
+    assert str(frame["loss"].tolist()) == "[2.0, nan, inf, -inf]"
+    assert str(frame["error"].tolist()) == "[90.0, 90.0, nan, nan]"
+
+
+@pytest.mark.parametrize("header", [HEADER, ""])
+@pytest.mark.parametrize("bad", ["x,1,2", "1,2", "1,2,3,4", "1,,3", "1,2,", "1;2;3", "1,2,3%", "nan,1,2",
+                                 "inf,1,2", "epoch,loss,error", "1,2,3 4", "\0\0\0"])
+def test_names_file_and_line_of_a_bad_row(tmp_path, capsys, header, bad):
+    run = write_run(tmp_path)
+    (run / "test.csv").write_text(f"{header}1,2,90\n2,2,80\n{bad}\n3,2,70\n")
+    before = names(run)
+    line = 4 if header else 3
+    error = refused(capsys, run)
+    assert f"{run / 'test.csv'}, line {line}: {bad!r}" in error
+    assert "epoch,loss,error" in error
+    assert names(run) == before
+
+
+def test_all_rows_of_the_wrong_width_are_refused(tmp_path, capsys):
+    (tmp_path / "test.csv").write_text("1,2,3,4\n2,3,4,5\n")
+    assert f"{tmp_path / 'test.csv'}, line 1: '1,2,3,4'" in refused(capsys, tmp_path)
+
+
+def test_short_and_long_row_do_not_make_up_for_each_other(tmp_path, capsys):
+    (tmp_path / "test.csv").write_text("1,2,3\n1,2,3,4\n1,2\n")
+    assert "line 2: '1,2,3,4'" in refused(capsys, tmp_path)
+
+
+# The window and the mean over it
+
+
+def train_frame(n_rows, batches, decimals=17):
+    epochs = np.arange(n_rows) / batches
+    values = np.random.default_rng(1).random((n_rows, 2))
+    return pd.DataFrame({"epoch": epochs.round(decimals), "loss": values[:, 0], "error": 100 * values[:, 1]})
+
+
+@pytest.mark.parametrize("batches", [1, 2, 98, 391, 782])
+@pytest.mark.parametrize("n_epochs", [1, 1.5, 2, 3.5, 10])
+def test_window_is_the_batches_of_an_epoch(batches, n_epochs):
+    assert plot.rows_per_epoch(train_frame(max(1, int(n_epochs * batches)), batches)) == batches
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 100])
+def test_window_is_known_before_the_first_epoch_ends(n_rows):
+    assert plot.rows_per_epoch(train_frame(n_rows, 782)) == 782
+
+
+def test_window_of_epochs_as_the_ancestor_computes_them():
+    epochs = [epoch + batch / 782 - 1 for epoch in range(1, 6) for batch in range(782)]
+    assert plot.rows_per_epoch(pd.DataFrame({"epoch": epochs})) == 782
+
+
+def test_window_bears_rounded_epochs():
+    assert plot.rows_per_epoch(train_frame(10 * 782, 782, decimals=3)) == 782
+
+
+def thinned(frame, k):
+    return frame.groupby(np.arange(len(frame)) // k).mean()
+
+
+@pytest.mark.parametrize("k", [2, 10, 17, 78])
+@pytest.mark.parametrize("n_epochs", [1, 2, 20])
+def test_window_of_a_thinned_log(k, n_epochs):
+    window = plot.rows_per_epoch(thinned(train_frame(n_epochs * 782, 782), k))
+    assert abs(window - 782 / k) <= 1
+
+
+@pytest.mark.parametrize("k", [782, 3 * 782])
+def test_window_of_a_log_thinned_to_epochs(k):
+    assert plot.rows_per_epoch(thinned(train_frame(30 * 782, 782), k)) == 1
+
+
+def test_window_survives_a_resumed_run_that_starts_late_and_repeats_rows():
+    frame = train_frame(6 * 100, 100)
+    assert plot.rows_per_epoch(frame[frame["epoch"] > 2.7]) == 100
+    assert plot.rows_per_epoch(frame[frame["epoch"].between(2.7, 4.3)]) == 100
+    assert plot.rows_per_epoch(pd.concat([frame[:250], frame[200:]])) == 100
+
+
+@pytest.mark.parametrize("epochs", [[0.0], [7.0], [0.5, 0.5], [3.0, 2.0], [1.0, 3.0]])
+def test_window_is_one_row_where_none_can_be_found(epochs):
+    assert plot.rows_per_epoch(pd.DataFrame({"epoch": epochs})) == 1
+
+
+def test_mean_is_over_the_epoch_that_ends_at_the_row():
+    frame = train_frame(350, 100)
+    mean = plot.rolling_epoch_mean(frame)
+    assert mean["epoch"].equals(frame["epoch"])
+    for row in (0, 1, 50, 99, 100, 217, 349):
+        for column in ("loss", "error"):
+            expected = frame[column].to_numpy()[max(0, row - 99) : row + 1].mean()
+            assert mean[column][row] == pytest.approx(expected, rel=1e-12)
+
+
+def test_mean_of_fewer_rows_than_the_window():
+    mean = plot.rolling_epoch_mean(train_frame(7, 782))
+    assert len(mean) == 7 and np.isfinite(mean.to_numpy()).all()
+
+
+def test_mean_leaves_out_what_is_not_finite():
+    frame = train_frame(40, 10)
+    frame.loc[[12, 13, 14], "loss"] = [np.nan, np.inf, 1e300]
+    mean = plot.rolling_epoch_mean(frame)
+    expected = frame["loss"].to_numpy()[[6, 7, 8, 9, 10, 11, 15]].mean()
+    assert mean["loss"][15] == pytest.approx(expected)
+    assert mean["loss"][30] == pytest.approx(frame["loss"][21:31].mean())
+    assert np.isfinite(mean.to_numpy()).all()
+
+
+def test_mean_of_zeros_is_exactly_zero():
+    frame = train_frame(40, 10)
+    frame.loc[20:, "error"] = 0.0
+    assert (plot.rolling_epoch_mean(frame)["error"][29:] == 0).all()
+
+
+# What the figures show
+
+
+def test_error_axis_is_logarithmic_with_plain_percent(tmp_path):
+    axes = drawn(write_run(tmp_path, n_epochs=6))
+    assert axes.get_yscale() == "log"
+    assert {"5%", "10%", "20%"} <= set(y_ticks(axes))
+    assert not [tick for tick in y_ticks(axes) if "^" in tick or "$" in tick or not tick.endswith("%")]
+    assert axes.get_ylim()[1] <= 100
+
+
+def test_legend_gives_final_and_best(tmp_path):
+    run = write_run(tmp_path)
+    (run / "test.csv").write_text(HEADER + "1,0.9,30\n2,0.15,4.712\n3,0.3,4.768\n4,0.2,4.766\n")
+    assert legend(drawn(run))[-1] == "test (final 4.77%, best 4.71% at epoch 2)"
+    assert legend(drawn(run, "loss"))[-1] == "test (final 0.200, best 0.150 at epoch 2)"
+
+
+def test_zero_error_is_drawn_at_the_foot_of_the_axis(tmp_path):
+    axes = drawn(write_run(tmp_path, zeros=True))
+    train = axes.get_lines()[0]
+    assert train.get_ydata()[-1] == 0
+    points = axes.transData.transform([(1, 0), (1, 10), (1, 20), (1, 40)])
+    heights = axes.transAxes.inverted().transform(points)[:, 1]
+    assert 0 < heights[0] < 0.05 and 0.4 < heights[1] < heights[3] < 1
+    assert heights[2] - heights[1] == pytest.approx(heights[3] - heights[2]) and heights[3] - heights[1] > 0.1
+    assert y_ticks(axes)[0] == "0%" and "20%" in y_ticks(axes)
+    assert "0%" not in y_ticks(drawn(write_run(tmp_path)))
+
+
+def test_nothing_but_zeros(tmp_path):
+    (tmp_path / "test.csv").write_text(HEADER + "1,0,0\n2,0,0\n")
+    assert y_ticks(drawn(tmp_path))[0] == "0%"
+    assert plot.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("n_epochs", "last"), [(1, 1), (2, 2), (7, 7), (300, 300)])
+def test_epochs_are_whole_numbers(tmp_path, n_epochs, last):
+    axes = drawn(write_run(tmp_path, n_epochs=n_epochs, batches=3))
+    ticks = axes.get_xticks()
+    assert (ticks == ticks.round()).all()
+    assert axes.get_xlim() == (0, last)
+
+
+def test_single_row_and_no_test_rows_yet(tmp_path):
+    (tmp_path / "train.csv").write_text(HEADER + "0.0,2.3,89.1\n")
+    (tmp_path / "test.csv").write_text(HEADER)
+    axes = drawn(tmp_path)
+    assert axes.get_lines()[0].get_marker() == "o"  # a line of one point would be invisible
+    assert legend(axes) == ["train (mean over an epoch)", "test (no rows yet)"]
+    assert len(y_ticks(axes)) >= 2 and axes.get_ylim()[1] == 100
+    assert plot.main([str(tmp_path)]) == 0
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape == (600, 900, 4)
+
+
+def test_test_rows_alone(tmp_path):
+    run = write_run(tmp_path)
+    (run / "train.csv").unlink()
+    assert len(drawn(run).get_lines()) == 1
+    assert plot.main([str(run)]) == 0
+
+
+def test_validation_is_drawn_where_there_is_one(tmp_path):
+    assert "validation" not in legend(drawn(write_run(tmp_path)))
+    axes = drawn(write_run(tmp_path, val=True))
+    assert legend(axes)[1] == "validation"
+    assert axes.get_lines()[1].get_linestyle() == "--"
+
+
+def test_draws_the_ancestors_files(tmp_path):
+    run = write_run(tmp_path, header="")
+    train, test = drawn(run).get_lines()
+    assert len(train.get_xdata()) == 60 and test.get_xdata().tolist() == [1, 2, 3]
+    assert plot.main([str(run)]) == 0
+    assert_drawn(run / "error.png", 900)
+
+
+def test_long_lines_are_thinned_and_keep_their_ends(tmp_path):
+    train = drawn(write_run(tmp_path, n_epochs=50, batches=100)).get_lines()[0]
+    assert 1000 < len(train.get_xdata()) <= plot.MAX_POINTS
+    assert train.get_xdata()[0] == 0 and train.get_xdata()[-1] == 49.99
+
+
+def test_diverged_run_draws_what_is_finite(tmp_path):
+    rows = ["1,2.3,80", "2,1.9,70", "3,1e30,90", "4,nan,90", "5,inf,nan"]
+    (tmp_path / "test.csv").write_text("\n".join(rows) + "\n")
+    axes = drawn(tmp_path, "loss")
+    assert axes.get_lines()[0].get_ydata().tolist() == [2.3, 1.9, 1e30]
+    assert 3 <= len(axes.get_yticks()) <= 20
+    assert legend(axes) == ["test (final inf, best 1.90 at epoch 2)"]
+    assert axes.get_xlim() == (1, 5)
+    (tmp_path / "test.csv").write_text("1,nan,90\n2,1.7e308,90\n")
+    assert [text.get_text() for text in drawn(tmp_path, "loss").texts] == ["no finite values"]
+    assert plot.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("bottom", "top", "expected"), [
+    (0.4, 100, [0.5, 1, 2, 5, 10, 20, 50, 100]),
+    (4.1, 12, [5, 6, 7, 8, 9, 10]),
+    (60, 95, [60, 70, 80, 90]),
+    (1e-4, 1e3, [1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100, 1e3]),
+])
+def test_ticks(bottom, top, expected):
+    assert plot.ticks_between(bottom, top) == pytest.approx(expected)
+
+
+# Several runs
+
+
+def test_comparison_goes_into_the_current_directory(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert plot.main([str(run) for run in runs]) == 0
+    assert capsys.readouterr().out == "loss.png\nerror.png\nloss-error.png\n"
+    assert names(tmp_path / "here") == FIGURES
+    assert names(runs[0]) == ["test.csv", "train.csv"]
+    width = matplotlib.image.imread("error.png").shape[1]
+    assert (width, matplotlib.image.imread("loss-error.png").shape[1]) == (900, 1800)
+
+
+def test_out_is_made_if_missing(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert plot.main([str(run), "--out", str(tmp_path / "new" / "figures")]) == 0
+    assert names(tmp_path / "new" / "figures") == FIGURES
+    assert names(run) == ["test.csv", "train.csv"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+def test_a_colour_for_each_run_train_light_and_test_solid(tmp_path, n):
+    axes = drawn([write_run(tmp_path / f"run{i}") for i in range(n)])
+    train, test = axes.get_lines()[0::2], axes.get_lines()[1::2]
+    colours = [to_hex(line.get_color()) for line in test]
+    assert len(set(colours)) == n
+    assert [to_hex(line.get_color()) for line in train] == colours
+    assert all(light.get_alpha() < 1 and light.get_linewidth() < line.get_linewidth()
+               for light, line in zip(train, test, strict=True))
+    assert [text.split()[0] for text in legend(axes)] == [f"run{i}" for i in range(n)]
+
+
+def test_labels():
+    runs = [Path("x/a"), Path("x/b")]
+    assert plot.labels_for(runs, None) == ["a", "b"]
+    assert plot.labels_for(runs, ["k = 12", "k = 24"]) == ["k = 12", "k = 24"]
+    assert plot.labels_for([Path("x/a"), Path("y/a")], None) == ["x/a", "y/a"]
+    assert plot.labels_for([Path("x/a")], None) == [""]
+    assert len(plot.labels_for([Path("x" * 200)], ["y" * 200])[0]) <= 32
+
+
+def test_a_name_that_is_no_utf8_can_be_drawn(tmp_path):
+    run = str(write_run(tmp_path / os.fsdecode(b"caf\xe9")))
+    assert plot.main([run]) == 0
+    assert plot.main([run, str(write_run(tmp_path / "other")), "--out", str(tmp_path)]) == 0
+
+
+def test_labels_with_dollars_and_underscores_are_plain_text(tmp_path):
+    run = str(write_run(tmp_path / "run"))
+    assert plot.main([run, run, "--out", str(tmp_path), "--labels", r"$\oops$", "_hidden"]) == 0
+
+
+# Refusals
+
+
+def test_refuses_what_is_no_run(tmp_path, capsys):
+    empty, header_only = tmp_path / "empty", tmp_path / "header"
+    empty.mkdir()
+    header_only.mkdir()
+    for name in ("train.csv", "test.csv"):
+        (header_only / name).write_text(HEADER)
+    file = tmp_path / "file"
+    file.write_text("1,2,3\n")
+    assert f"{tmp_path / 'none'}: no such directory" in refused(capsys, tmp_path / "none")
+    assert f"{file}: is a file, not a directory" in refused(capsys, file)
+    assert f"{empty}: holds neither train.csv nor test.csv" in refused(capsys, empty)
+    assert f"{header_only}: no rows yet in train.csv or test.csv" in refused(capsys, header_only)
+    assert names(empty) == [] and names(header_only) == ["test.csv", "train.csv"]
+
+
+def test_one_bad_run_of_several_writes_nothing(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    assert "none: no such directory" in refused(capsys, run, tmp_path / "none", "--out", out)
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("labels", [["a"], ["a", "b", "c"]])
+def test_refuses_the_wrong_number_of_labels(tmp_path, capsys, labels):
+    run = write_run(tmp_path / "run")
+    error = refused(capsys, run, run, "--out", tmp_path, "--labels", *labels)
+    assert f"--labels: {len(labels)} ({', '.join(labels)}) for 2 RUN" in error
+    assert names(tmp_path) == ["run"]
+
+
+def test_refuses_an_out_that_is_a_file(tmp_path, capsys):
+    run, file = write_run(tmp_path / "run"), tmp_path / "file"
+    file.write_text("kept")
+    assert f"{file}: is a file" in refused(capsys, run, "--out", file)
+    assert f"{file}: is a file" in refused(capsys, run, "--out", file / "below")
+    assert file.read_text() == "kept"
+
+
+def test_refuses_a_csv_that_is_a_directory(tmp_path, capsys):
+    (tmp_path / "train.csv").mkdir()
+    assert f"{tmp_path / 'train.csv'}: cannot be read (Is a directory)" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    ([], "the following arguments are required: RUN"),
+    (["run", "--speed"], "unrecognized arguments: --speed"),
+    (["run", "--out"], "argument --out: expected one argument"),
+])
+def test_wrong_command_lines_end_in_one_line(capsys, args, message):
+    assert message in refused(capsys, *args)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_refuses_without_permission(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    try:
+        run.chmod(0o500)
+        assert f"{run}: no permission to write there" in refused(capsys, run)
+        (run / "train.csv").chmod(0)
+        error = refused(capsys, run, "--out", tmp_path)
+        assert f"{run / 'train.csv'}: cannot be read (Permission denied)" in error
+        run.chmod(0)
+        assert "cannot be read (Permission denied)" in refused(capsys, run, "--out", tmp_path)
+    finally:
+        run.chmod(0o700)
+    assert names(tmp_path) == ["run"] and names(run) == ["test.csv", "train.csv"]
+
+
+def test_a_failed_replacement_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    run = write_run(tmp_path)
+    (run / "error.png").mkdir()  # cannot be replaced by a file
+    assert plot.main([str(run)]) == 1
+    expected = f"plot.py: error: {run / 'error.png'}: cannot be written (Is a directory)\n"
+    assert capsys.readouterr() == ("", expected)
+    assert names(run) == ["error.png", "loss.png", "test.csv", "train.csv"]
+
+
+def test_figures_are_replaced_whole(tmp_path, monkeypatch):
+    run = write_run(tmp_path)
+    (run / "loss.png").write_bytes(b"old")
+    seen = []
+
+    def replace(source, target, original=os.replace):
+        seen.append((Path(source).parent, Path(source).read_bytes()[-8:-4], Path(target).exists()))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert plot.main([str(run)]) == 0
+    # Complete (the PNG's last chunk is there), in the same directory, and the old one stays until then.
+    assert seen == [(run, b"IEND", True), (run, b"IEND", False), (run, b"IEND", False)]
+    assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
