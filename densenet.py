@@ -453,7 +453,7 @@ def conv_backward(dh, xhat, gamma, beta, weight, dweight):
         da, dw, _ = torch.ops.aten.convolution_backward(
             dout, a, low, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))
         dweight += dw
-        yield torch.ops.aten.threshold_backward(da, a, 0)
+        yield torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
 
 
 def pool_backward(dout, xhat, gamma, beta, pool):

@@ -1,0 +1,15 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SAMPLE = ROOT / "tests" / "cifar10-sample"
+
+
+@pytest.fixture
+def sample() -> str:
+    """1,200 real images of CIFAR-10."""
+    return str(SAMPLE)
