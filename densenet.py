@@ -256,7 +256,7 @@ def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 # The efficient dense block
 # ----------------------------------------------------------------------------------------------------------------
 
-TILE = 16384  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then the calls' own cost shows
+TILE = 8192  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then each call's own cost shows
 
 
 def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],
@@ -332,13 +332,13 @@ class EfficientBlock(torch.autograd.Function):
         kept, inner = [], []  # kept is a stack: backward takes from its end
 
         def append(new, at):
-            xhat[:, at], mean[at], var[at], rstd[at] = normalise(new, spec.eps)
+            mean[at], var[at], rstd[at] = normalise(new, spec.eps, out=xhat[:, at])
 
         append(x, slice(0, c))
         for layer in layers:
             h = drop(affine_relu_conv(xhat[:, :c], *layer[:3]), spec.dropRate, kept)
             if spec.bottleneck:
-                h, mean2, var2, rstd2 = normalise(h, spec.eps)
+                mean2, var2, rstd2 = normalise(h, spec.eps, out=h)
                 inner += mean2, var2
                 kept += (mean2 if spec.recompute else h), rstd2
                 h = drop(affine_relu_conv(h, *layer[3:]), spec.dropRate, kept)
@@ -380,11 +380,12 @@ class EfficientBlock(torch.autograd.Function):
                     mean2 = h
                     h = affine_relu_conv(xhat[:, :c], gamma1, beta1, weight1)
                     h = undrop(h, spec.dropRate, kept[-1:])  # the same mask, which stays for dh
-                    h = ((h - column(mean2)) * column(rstd2)).to(spec.dtype)
+                    h = torch.addcmul(column(-mean2 * rstd2), h, column(rstd2)).to(h.dtype)  # as normalise does
                 dweight2 = torch.zeros_like(weight2)
-                da = torch.cat([*conv_backward(dh, h, gamma2, beta2, weight2, dweight2)])
-                dh, dgamma2, dbeta2 = batch_norm_backward(da, h, gamma2, rstd2)
-                grads = [dgamma2, dbeta2, dweight2, *grads]
+                G2, sums2 = torch.zeros_like(h, dtype=gamma.dtype), gamma.new_zeros(2, len(gamma2))
+                das = conv_backward(dh, h, gamma2, beta2, weight2, dweight2)
+                grads = [*collect(das, h, gamma2, G2, sums2), dweight2, *grads]
+                dh = normalise_backward(G2, h, rstd2, sums2 / m).to(spec.dtype)
             dh = undrop(dh, spec.dropRate, kept)
             dweight = torch.zeros_like(layer[2])
             das = conv_backward(dh, xhat[:, :c], *layer[:3], dweight)
@@ -415,23 +416,20 @@ def column(v):
     return v[:, None, None]
 
 
-def normalise(x, eps):
-    """-> xhat, mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
-    mean, var = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    xhat, _, rstd = torch.native_batch_norm(x, None, None, mean, var, True, 1.0, eps)  # momentum 1: this batch's alone
-    return xhat, mean, var, rstd
+def normalise(x, eps, out):
+    """Writes xhat to ``out``. -> mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
+    dtype, m = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
+    mean = sum(tile.sum((0, 2, 3), dtype=dtype) for (tile,) in tiles(x)) / m
+    squares = sum((tile - column(mean)).square_().sum((0, 2, 3)) for (tile,) in tiles(x))
+    rstd = (squares / m + eps).rsqrt()
+    for tile, hat in tiles(x, out):
+        torch.addcmul(column(-mean * rstd), tile, column(rstd), out=hat)
+    return mean, squares / (m - 1), rstd
 
 
 def normalise_backward(G, xhat, rstd, means):
     """dx, as in the identity's last line"""
     return torch.sub(G, column(means[0])).addcmul_(xhat, column(means[1]), value=-1).mul_(column(rstd))
-
-
-def batch_norm_backward(da, xhat, gamma, rstd):
-    """-> the gradients of a batch norm's input, gamma and beta, from its normalised input"""
-    zero, one = torch.zeros_like(gamma), torch.ones_like(gamma)  # mean and deviation of xhat
-    return torch.ops.aten.native_batch_norm_backward(
-        da, xhat, gamma * rstd, None, None, zero, one, True, 0.0, [True, True, True])
 
 
 def affine_relu(xhat, gamma, beta, out=None):
