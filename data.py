@@ -1,19 +1,23 @@
 """Images for train.py: reading a data set into memory, and making training batches of it on the training device.
 
     train, test = data.load("cifar10", "data")
-    for images, labels in data.Batches(train, mean, std, device).epoch(order, crops): ...
+    batches = data.Batches(train, *data.mean_and_std(train.images), device)
+    for images, labels in batches.augmented(data.draw(batches.n, seed=1, epoch=1), batchSz=64): ...
 """
 
 import contextlib
 import hashlib
 import io
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 
 PADDING = 4  # pixels of black on each side before the crop (paper, section 4.1)
 
@@ -57,31 +61,46 @@ def load_cifar10(root: Path) -> tuple[ImageSet, ImageSet]:
     for folder in (root, root / "cifar-10-batches-bin"):
         if any((folder / name).exists() for name in CIFAR10_MD5):
             return read_cifar10_binary(folder)
-    from torchvision.datasets import CIFAR10  # slow to import, and only needed for the python version
+    for folder in (root, root / CIFAR10.base_folder):
+        if folder.name == CIFAR10.base_folder and folder.is_dir():
+            return read_cifar10_python(folder)
+    download_cifar10(root)
+    return read_cifar10_python(root / CIFAR10.base_folder)
 
-    if root.name == CIFAR10.base_folder:
-        root = root.parent
-    present = (root / CIFAR10.base_folder).is_dir()
+
+def read_cifar10_python(folder: Path) -> tuple[ImageSet, ImageSet]:
+    """The pickled version, which torchvision reads; only files with the published MD5 sums are unpickled."""
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name} is missing; remove {folder} to download it again")
+        if not check_integrity(folder / name, md5):
+            raise DataError(f"{folder / name} is damaged: its MD5 sum is not {md5}, CIFAR-10's; remove {folder} to "
+                            "download it again")
+    train, test = (
+        ImageSet(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets), s.classes)
+        for s in (CIFAR10(folder.parent, train=train) for train in (True, False)))
+    return train, test
+
+
+def download_cifar10(root: Path) -> None:
+    """Makes root/cifar-10-batches-py, whole or not at all; DataError if it cannot be."""
+    parent = next(p for p in (root, *root.absolute().parents) if p.exists())
     try:
-        with quiet_download():
-            sets = [CIFAR10(str(root), train=train, download=not present) for train in (True, False)]
-    except Exception as error:  # torchvision's, urllib's, pickle's and the file system's own kinds
+        with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=parent) as temporary, quiet_download():
+            CIFAR10(temporary, download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            (Path(temporary) / CIFAR10.base_folder).rename(root / CIFAR10.base_folder)
+    except Exception as error:  # torchvision's, urllib's, tarfile's and the file system's own kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if present:
-            raise DataError(f"{root / CIFAR10.base_folder} is damaged ({reason}); remove it to download it again") \
-                from error
         raise DataError(
             f"no CIFAR-10 in {root}, and its download failed ({reason}); put cifar-10-batches-bin or "
             "cifar-10-batches-py there, or try the built-in sample: ./train.py --data tests/cifar10-sample --depth 22 "
             "--nEpochs 10 --save work/sample") from error
-    train, test = (ImageSet(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets), s.classes)
-                   for s in sets)
-    return train, test
 
 
 @contextlib.contextmanager
 def quiet_download() -> Iterator[None]:
-    """torchvision prints to stdout, and waits for a silent server for ever."""
+    """torchvision prints to stdout, and would wait for a silent server for ever."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without a byte
     try:
@@ -98,11 +117,14 @@ def read_cifar10_binary(folder: Path) -> tuple[ImageSet, ImageSet]:
     """
     *batches, test = CIFAR10_MD5
     sizes = {name: (folder / name).stat().st_size for name in CIFAR10_MD5 if (folder / name).exists()}
-    if CIFAR10_FULL_BYTES not in sizes.values():  # not the complete set: batch files up to the last there is
+    full = CIFAR10_FULL_BYTES in sizes.values()
+    if not full:  # batch files up to the last there is
         batches = batches[:max([i + 1 for i, name in enumerate(batches) if name in sizes], default=1)]
     for name in [*batches, test]:
         if name not in sizes:
             raise DataError(f"{folder / name} is missing")
+        if full and sizes[name] != CIFAR10_FULL_BYTES:
+            raise DataError(f"{folder / name} has {sizes[name]} bytes; valid are {CIFAR10_FULL_BYTES}, as others have")
     sets = [[read_records(folder / name) for name in names] for names in (batches, [test])]
     train, test = (
         ImageSet(torch.from_numpy(np.concatenate([images for images, _ in parts])),

@@ -1,29 +1,30 @@
 #!/usr/bin/env python3
-"""Draw the network: ./make_graph.py --graph {modules,autograd,block}
+"""Draw a network: ./make_graph.py --graph {modules,autograd,block} [flags]
 
-modules: the layers, how they connect and what shapes pass. autograd: every operation that the backward pass goes
-through. Both write graph-<kind>.dot and, with Graphviz, .svg and .png. block: one dense block, as .svg and .png.
+modules: its layers, how they connect and what shapes pass. autograd: every operation of its backward pass. Both write
+graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one dense block, as .svg and .png.
 """
 
 import argparse
-import contextlib
+import io
+import math
 import os
 import re
 import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from io import BytesIO
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import matplotlib.style
 import torch
 import torch.nn as nn
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # without pyplot: no display needed
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.path import Path as Curve
 from torch.autograd.graph import Node, get_gradient_edge
@@ -31,288 +32,343 @@ from torch.autograd.graph import Node, get_gradient_edge
 from densenet import DenseBlock, DenseNet, Transition
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
-DOT_SECONDS = 120  # an autograd graph of depth 250 takes 10
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito: colour-blind-safe
-FILL = {"leaf": "#DCEBF5", "layer": "#DCEBF5", "other": "#FBE3B9", "Convolution": "#FBE3B9", "Cat": "#CDE9DF", "EfficientBlock": "#FBE3B9"}
+DOT_SECONDS = 120  # depth 250 takes a few
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe-Ito
+PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
+CENTRED = {"ha": "center", "va": "center"}
+FILL = {"Convolution": SAND, "EfficientBlock": SAND, "Cat": PALE_GREEN}
+DOT = """digraph {
+graph [fontname="Helvetica,Arial,sans-serif", fontsize=13, labelloc=t, newrank=true, nodesep=0.08, ranksep=0.06];
+node [fontname="Helvetica,Arial,sans-serif", fontsize=10, shape=box, style="filled,rounded", color="#666666",
+      fillcolor=white, height=0.2, margin="0.06,0.03"];
+edge [color="#444444", arrowsize=0.5];
+"""
 
-
-# --- flags ------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
-def whole(minimum: int, maximum: int):
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if minimum <= int(text) <= maximum:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r}; valid are whole numbers from {minimum} to {maximum}")
+def number(kind: type, minimum: float, maximum: float):
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= maximum:
+            which = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"{text!r}; valid are {which} from {minimum} to {maximum}")
+        return value
     return parse
-
-
-def share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}; valid is above 0 and at most 1")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="make_graph.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--graph", choices=("autograd", "modules", "block"), default="modules",
-                        help="default: %(default)s")
-    parser.add_argument("--growthRate", metavar="K", type=whole(1, 4096), default=12,
-                        help="k, the channels that each layer adds (default: %(default)s)")
-    parser.add_argument("--depth", metavar="L", type=whole(1, 4096), default=100,
-                        help="layers: 6n + 4 with bottleneck, 3n + 4 without; block has --layers instead "
-                             "(default: %(default)s)")
-    parser.add_argument("--reduction", metavar="R", type=share, default=0.5,
-                        help="share of the channels that a transition keeps (default: %(default)s)")
-    parser.add_argument("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
-    parser.add_argument("--efficient", choices=("no", "yes"), default="no",
-                        help="autograd only. no: the textbook's operations; yes: the efficient block, one operation "
-                             "(default: %(default)s)")
-    parser.add_argument("--layers", metavar="N", type=whole(2, 12), default=5,
-                        help="block only: x0 to x(N-1) are drawn (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", default=".",
-                        help="an existing directory, or the files' path without suffix (default: graph-<kind> here)")
+    add = parser.add_argument
+    add("--graph", choices=("autograd", "modules", "block"), default="modules", help="default: %(default)s")
+    add("--growthRate", metavar="K", type=number(int, 1, 4096), default=12,
+        help="k, the channels that each layer adds (default: %(default)s)")
+    add("--depth", metavar="L", type=number(int, 1, 4096), default=100,
+        help="layers: 6n + 4 with bottleneck, 3n + 4 without; block takes --layers instead (default: %(default)s)")
+    add("--reduction", metavar="R", type=number(float, 0, 1), default=0.5,
+        help="share of the channels that a transition keeps, above 0 and at most 1 (default: %(default)s)")
+    add("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
+    add("--efficient", choices=("no", "yes"), default="no",
+        help="autograd only. no: the textbook's operations; yes: the efficient block, one operation (default: no)")
+    add("--layers", metavar="N", type=number(int, 2, len(COLOURS)), default=5,
+        help=f"block only: x0 to x(N-1) are drawn, N from 2 to {len(COLOURS)} (default: %(default)s)")
+    add("--out", metavar="FILE", default=".",
+        help="an existing directory, or the files' path without suffix (default: ./graph-<kind>)")
     return parser
 
 
 def stem_of(out: str, kind: str) -> Path:
     """Refuses before anything is drawn what could not be written afterwards."""
-    directory = out.endswith(("/", os.sep)) or Path(out).is_dir()
-    stem = Path(out, f"graph-{kind}") if directory else Path(out)
-    if stem.suffix in (".dot", ".svg", ".png"):
-        stem = stem.with_suffix("")
-    if not stem.parent.is_dir():
+    stem = Path(out, f"graph-{kind}") if os.path.isdir(out) or out.endswith("/") else Path(out)
+    stem = stem.with_suffix("") if stem.suffix in (".dot", ".svg", ".png") else stem
+    if not os.path.isdir(stem.parent):
         raise ValueError(f"--out {out}: there is no directory {stem.parent}; valid are paths in an existing one")
     if not os.access(stem.parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: no permission to write into {stem.parent}; choose another directory")
-    for path in map(Path, (f"{stem}.dot", f"{stem}.svg", f"{stem}.png")):
-        if path.is_dir():
-            raise ValueError(f"--out {out}: {path} is a directory; choose another name")
     return stem
 
 
-# --- .dot files -------------------------------------------------------------------------------------------------
+def make_net(args: argparse.Namespace) -> DenseNet:
+    depth, efficient = args.depth, args.graph == "autograd" and args.efficient == "yes"
+    if args.graph == "block":
+        depth = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
+    with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes, without the numbers
+        return DenseNet(args.growthRate, depth, args.reduction, bottleneck=not args.no_bottleneck, efficient=efficient)
+
+
+# --- .dot -------------------------------------------------------------------------------------------------------
 
 def quote(text: object) -> str:
     return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-def statement(subject: str, **attributes: object) -> str:
-    return f"{subject} [{', '.join(f'{name}={quote(value)}' for name, value in attributes.items())}];"
+def line(*names: str, **attributes: object) -> str:
+    """A node, or an edge from one to another."""
+    values = ", ".join(f"{name}={quote(value)}" for name, value in attributes.items())
+    return f"{' -> '.join(map(quote, names))} [{values}];"
 
 
-def node(name: str, **attributes: object) -> str:
-    return statement(quote(name), **attributes)
+def run_dot(text: str, suffix: str) -> bytes:
+    """Raises RuntimeError if dot fails."""
+    command = ["dot", f"-T{suffix}", f"-Gdpi={150 if suffix == 'png' else 72}"]
+    try:
+        dot = subprocess.run(command, input=text.encode(), capture_output=True, timeout=DOT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"dot took more than {DOT_SECONDS} s for the .{suffix}") from None
+    if dot.returncode:
+        reason = dot.stderr.decode(errors="replace").strip()[:200] or "no message"
+        raise RuntimeError(f"dot failed for the .{suffix} with status {dot.returncode}: {reason}")
+    return dot.stdout
 
 
-def edge(source: str, target: str, **attributes: object) -> str:
-    return statement(f"{quote(source)} -> {quote(target)}", **attributes)
-
-
-def document(title: str, statements: list[str]) -> str:
-    font = {"fontname": "Helvetica,Arial,sans-serif"}
-    return "\n".join([
-        "digraph {",
-        statement("graph", **font, fontsize=13, label=title, labelloc="t", newrank="true", nodesep=0.12, ranksep=0.1),
-        statement("node", **font, fontsize=10, shape="box", style="filled,rounded", color="#666666",
-                  fillcolor="white", height=0.2, margin="0.06,0.03"),
-        statement("edge", **font, fontsize=9, color="#444444", arrowsize=0.5),
-        *statements, "}", ""])
-
-
-def describe(net: DenseNet) -> str:
-    a = net.arguments
-    kind = "DenseNet" + ("-BC" if a["bottleneck"] and a["reduction"] < 1 else
-                         "-B" if a["bottleneck"] else "-C" if a["reduction"] < 1 else "")
-    return f"{kind}, L={a['depth']}, k={a['growthRate']}, {sum(p.numel() for p in net.parameters()):,} parameters"
-
-
-# --- the backward graph -----------------------------------------------------------------------------------------
+# --- the backward pass ------------------------------------------------------------------------------------------
 
 def operations(output: torch.Tensor) -> list[Node]:
-    """Every node of the backward graph once, the output's first."""
+    """Each node of the backward graph once, the output's first."""
     found = [output.grad_fn]
     seen = set(found)
-    for operation in found:  # grows on the way: no recursion, whatever the depth
-        new = dict.fromkeys(n for n, _ in operation.next_functions if n is not None and n not in seen)
-        seen.update(new)
-        found.extend(new)
+    for operation in found:  # grows on the way: a recursion would end at about depth 250
+        for source, _ in operation.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                found.append(source)
     return found
 
 
-def autograd_graph(net: DenseNet) -> list[str]:
-    """Statements for each operation, named as in ``grad_fn``, and each parameter; edges run towards the output."""
-    image = torch.zeros(IMAGE, device=net.fc.weight.device, requires_grad=True)
-    output = net(image)
-    leaves = {image: "image"} | {parameter: name for name, parameter in net.named_parameters()}
-    names, statements = {}, [node("output", label=f"output\n{tuple(output.shape)}")]
-    for i, operation in enumerate(operations(output)):
-        if hasattr(operation, "variable"):  # AccumulateGrad
-            names[operation] = name = leaves[operation.variable]
-            statements.append(node(name, label=f"{name}\n{tuple(operation.variable.shape)}", fillcolor=FILL["leaf"]))
-        else:
-            names[operation] = name = f"operation{i}"
-            fill = FILL.get(operation_name(operation), "white")
-            statements.append(node(name, label=operation.name(), fillcolor=fill, group="operations"))
-    for operation, name in names.items():
-        statements += [edge(names[source], name) for source, _ in operation.next_functions if source is not None]
-    return [*statements, edge(names[output.grad_fn], "output")]
-
-
-def operation_name(operation: Node) -> str:
+def name_of(operation: Node) -> str:
     return re.sub(r"Backward\d*$", "", operation.name())
 
 
+def autograd_graph(net: DenseNet) -> list[str]:
+    """Operations by the names of their gradients' functions, and parameters; edges run towards the output."""
+    image = torch.zeros(IMAGE, device=net.fc.weight.device, requires_grad=True)
+    leaves = {image: "image"} | {parameter: name for name, parameter in net.named_parameters()}
+    output = net(image)
+    names, statements = {}, [line("output", label=f"output\n{tuple(output.shape)}")]
+    for i, operation in enumerate(operations(output)):
+        leaf = getattr(operation, "variable", None)  # that an AccumulateGrad accumulates for
+        names[operation] = name = f"operation {i}" if leaf is None else leaves[leaf]
+        label = operation.name() if leaf is None else f"{name}\n{tuple(leaf.shape)}"
+        fill = FILL.get(name_of(operation), "white") if leaf is None else PALE_BLUE
+        statements.append(line(name, label=label, fillcolor=fill))
+    statements.append(line(names[output.grad_fn], "output"))
+    for operation, name in names.items():
+        for i, (source, _) in enumerate(operation.next_functions):
+            weight = 50 if i == 0 and name_of(operation) == "Cat" else 1  # what passes by layers: a straight line
+            if source is not None:
+                statements.append(line(names[source], name, weight=weight))
+    return statements
+
+
 # --- layers and shapes ------------------------------------------------------------------------------------------
-
-class Step(NamedTuple):
-    """What one layer got and gave in a forward pass."""
-    name: str
-    layer: nn.Module
-    input: torch.Tensor
-    output: torch.Tensor
-
-
-def trace(net: DenseNet, image: torch.Tensor) -> tuple[list[Step], torch.Tensor]:
-    """-> steps, output"""
-    steps = []
-
-    def record(name: str, layer: nn.Module) -> None:
-        layer.register_forward_hook(lambda layer, inputs, output: steps.append(Step(name, layer, inputs[0], output)))
-
-    for name, child in net.named_children():
-        if isinstance(child, DenseBlock):
-            for i, layer in child.named_children():
-                record(f"{name}.{i}", layer)
-        else:
-            record(name, child)
-    return steps, net(image)
-
 
 def origin(tensor: torch.Tensor) -> Node:
     return get_gradient_edge(tensor).node
 
 
-def shape(tensor: torch.Tensor) -> str:
-    return "×".join(map(str, tensor.shape[1:]))
-
-
-def caption(step: Step) -> str:
-    parts = [f"{c.kernel_size[0]}×{c.kernel_size[1]} {c.in_channels}→{c.out_channels}"
-             for c in step.layer.modules() if isinstance(c, nn.Conv2d)]
-    if parts and step.output.shape[2] < step.input.shape[2]:
-        parts.append("pool")
-    return f"{step.name}  {', '.join(parts or [type(step.layer).__name__])}"
+def caption(name: str, layer: nn.Module) -> str:
+    """dense1.0  1×1→48, 3×3→12: the channels that its convolutions make"""
+    parts = [f"{'×'.join(map(str, m.kernel_size))}→{m.out_channels}" for m in layer.modules() if type(m) is nn.Conv2d]
+    pool = ["pool"] if isinstance(layer, Transition) else []
+    return f"{name}  {', '.join(parts + pool or [type(layer).__name__])}"
 
 
 class Layers:
-    """Statements for the layers, joined where the backward graph leads from one's input to another's output."""
+    """Layers, joined where the backward graph of a real forward pass leads from one's input to another's output."""
 
     def __init__(self, image: torch.Tensor):
-        self.made = {origin(image): ("image", image)}  # the node of the picture that a tensor comes from
-        self.heads = ["image"]  # one for each column: the block, what leads to it and, at last, the classifier
+        self.maker: dict[Node, str] = {}  # of each tensor
+        self.heads: list[str] = []  # what stands above each block, which is a column
         self.blocks: dict[str, list[str]] = {}
-        self.statements = [node("image", group=0)]
+        self.statements: list[str] = []
+        self.add("image", "image", image)
 
-    def add(self, step: Step) -> None:
-        block, _, i = step.name.partition(".")
-        if i:
-            self.statements.append(node(step.name, label=caption(step), fillcolor=FILL["layer"]))
-            self.connect(step.input, step.name)
-            self.concatenate(step, block)
-            return
-        if head := isinstance(step.layer, Transition):
-            self.heads.append(step.name)
-        self.statements.append(node(step.name, label=caption(step), fillcolor=FILL["other"], group=len(self.heads)))
-        self.connect(step.input, step.name, label=shape(step.input), constraint=not head)  # heads stand side by side
-        self.made[origin(step.output)] = step.name, step.output
+    def add(self, name: str, label: str, output: torch.Tensor, **attributes: object) -> None:
+        label = f"{label}\n{'×'.join(map(str, output.shape[1:]))}".strip()
+        self.statements.append(line(name, label=label, group=max(1, len(self.heads)), **attributes))
+        self.maker[origin(output)] = name
 
-    def concatenate(self, step: Step, block: str) -> None:
-        """The layer's input passes by it, as a line that widens with the channels; its own channels join there."""
-        joint = f"{step.name}.cat"
-        self.statements.append(node(joint, shape="point", width=0.08, color=COLOURS[0], group=len(self.heads)))
-        self.blocks.setdefault(block, []).extend((step.name, joint))
-        for operand, _ in step.output.grad_fn.next_functions:
-            if operand in self.made:
-                name, tensor = self.made[operand]
-                self.statements.append(edge(name, joint, label=shape(tensor), color=COLOURS[0], arrowhead="none",
-                                            weight=20, penwidth=0.5 + tensor.shape[1] / 60))
-            else:
-                self.statements.append(edge(step.name, joint, label=f"+{step.output.shape[1] - step.input.shape[1]}"))
-        self.made[origin(step.output)] = joint, step.output
-
-    def connect(self, tensor: torch.Tensor, target: str, **attributes: object) -> None:
-        operation, functions = origin(tensor), []
-        while operation not in self.made:
-            functions.insert(0, operation_name(operation))
+    def source(self, tensor: torch.Tensor) -> str:
+        """The node that made the tensor; what the network does outside of layers gets its own here."""
+        operation, between = origin(tensor), []
+        while operation not in self.maker:
+            between.insert(0, name_of(operation))
             operation = operation.next_functions[0][0]
-        source, made = self.made[operation]
-        if functions:
-            name = ", ".join(functions)
-            self.statements += [node(name, group=len(self.heads)), edge(source, name, label=shape(made))]
-            self.made[origin(tensor)] = source, _ = name, tensor
-        self.statements.append(edge(source, target, **attributes))
+        if between:
+            self.statements.append(line(self.maker[operation], ", ".join(between)))
+            self.add(", ".join(between), ", ".join(between), tensor)
+        return self.maker[origin(tensor)]
+
+    def add_plain(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        source, climbs = self.source(inputs[0]), isinstance(layer, Transition)
+        if climbs:  # to the next column's head: for dot, an edge down from there
+            self.statements.append(line(name, source, dir="back", tailport="w", headport="e", weight=0))
+        else:
+            self.statements.append(line(source, name))
+        if climbs or not self.heads:
+            self.heads.append(name)
+        self.add(name, caption(name, layer), output, fillcolor=SAND)
+
+    def add_dense(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        """The layer's input passes by it, as a line that widens with the channels; its own channels join there."""
+        joint = f"{name} cat"
+        self.blocks.setdefault(name.split(".")[0], []).extend((name, joint))
+        self.statements += [line(name, label=caption(name, layer), fillcolor=PALE_BLUE),
+                            line(self.source(inputs[0]), name, tailport="sw")]
+        passing = dict(color=COLOURS[0], arrowhead="none", weight=20, penwidth=0.5 + inputs[0].shape[1] / 60)
+        for operand, _ in output.grad_fn.next_functions:
+            style = passing if operand in self.maker else {}
+            self.statements.append(line(self.maker.get(operand, name), joint, **style))
+        self.add(joint, "", output, fontsize=9, color=COLOURS[0], height=0.15, margin="0.04,0.01")
+
+    def arrangement(self) -> list[str]:
+        """A frame for each block, and their heads side by side."""
+        style = 'labeljust=l; labelloc=b; style="filled,rounded"; color="#F3F3F3"'
+        frames = [f"subgraph {quote(f'cluster {block}')} {{ {style}; label={quote(block)}; "
+                  f"{'; '.join(map(quote, members))}; }}" for block, members in self.blocks.items()]
+        return [*frames, f"{{ rank=same; {' -> '.join(map(quote, self.heads))} [style=invis]; }}"]
 
 
 def modules_graph(net: DenseNet) -> list[str]:
     image = torch.zeros(IMAGE, device=net.fc.weight.device, requires_grad=True)
-    steps, output = trace(net, image)
     layers = Layers(image)
-    for step in steps:
-        layers.add(step)
-    layers.connect(output, "output", label=shape(output))
-    clusters = [f"subgraph {quote(f'cluster_{block}')} {{ " + statement("graph", label=f"{block}: {len(members) // 2} layers", labeljust="l", style="filled,rounded", color="#F3F3F3", fontsize=11)
-                + " ".join(f"{quote(member)};" for member in members) + " }" for block, members in layers.blocks.items()]
-    heads = "{ rank=same; " + " -> ".join(map(quote, layers.heads)) + " [style=invis]; }"
-    return [*layers.statements, *clusters, heads]
+    for name, layer in net.named_modules():
+        if re.fullmatch(r"\w+\.\d+", name):  # dense1.0
+            layer.register_forward_hook(partial(layers.add_dense, name))
+        elif re.fullmatch(r"\w+", name) and not isinstance(layer, DenseBlock):  # conv1, trans1, bn1, fc
+            layer.register_forward_hook(partial(layers.add_plain, name))
+    layers.source(net(image))
+    return layers.statements + layers.arrangement()
 
 
-# --- the picture of a block -------------------------------------------------------------------------------------
+# --- one block, in pixels ---------------------------------------------------------------------------------------
+
+def draw_stack(axes: Axes, i: int, channels: int, k: int) -> None:
+    """x_i: a sheet for each channel, from 12 k on for several."""
+    sheets, middle = min(channels, 12 * channels // k), 110 + 300 * i
+    step = 38 * channels / k / sheets
+    for sheet in range(sheets):
+        x = middle - (step * (sheets - 1) + 36) / 2 + step * sheet
+        ink = 0.85 if sheet == sheets - 1 else 0.35
+        axes.add_patch(Polygon([(x, 140), (x + 36, 168), (x + 36, 298), (x, 270)], joinstyle="round", zorder=3,
+                               facecolor=[1 - ink * (1 - c) for c in to_rgb(COLOURS[i])], edgecolor=COLOURS[i],
+                               linewidth=min(1.1, 0.2 + step / 6)))
+    axes.text(middle, 114, f"$x_{{{i}}}$", fontsize=22, **CENTRED)
+    axes.text(middle, 86, f"{channels} channels", fontsize=12.5, color=GREY, **CENTRED)
+
+
+def draw_function(axes: Axes, i: int, name: str, fontsize: int, numbers: str) -> None:
+    """What stands between x_i and x_(i+1)."""
+    x = 214 + 300 * i
+    axes.add_patch(FancyBboxPatch((x, 150), 108, 130, boxstyle="round,pad=0,rounding_size=12", facecolor="#F4F4F4",
+                                  edgecolor=INK, linewidth=1.3))
+    axes.text(x + 54, 223, name, fontsize=fontsize, **CENTRED)
+    axes.text(x + 54, 181, numbers, fontsize=12.5, color=GREY, **CENTRED)
+    axes.add_patch(FancyArrowPatch((x + 111, 215), (x + 156, 215), arrowstyle="-|>", mutation_scale=16, color=INK,
+                                   linewidth=1.8, shrinkA=0, shrinkB=0))
+
+
+def draw_connections(axes: Axes, i: int, channels: list[int], unit: float) -> None:
+    """x_0, ..., x_i, side by side as what the function behind x_i reads, and an arc to each."""
+    n, x = len(channels), 268 + 300 * i + unit * sum(channels[:i + 1]) / 2
+    for j in range(i + 1):
+        x -= unit * channels[j]
+        axes.add_patch(Rectangle((x, 287), unit * channels[j], 16, facecolor=COLOURS[j], edgecolor="white"))
+        start, end = 122 + 300 * j + min(11, 50 / (n - 1)) * ((n - 1 + j) / 2 - i), x + unit * channels[j] / 2
+        top = (70 + 245 * (i - j) / (n - 1)) / 0.75  # a cubic curve climbs to 3/4 of its middle points
+        arc = Curve([(start, 260), (start, 260 + top), (end, 260 + top), (end, 306)], [1, 4, 4, 4])
+        above = 1 + 0.1 * j - 0.01 * i  # white below its colour: a line seems to pass over those that it crosses
+        axes.add_patch(FancyArrowPatch(path=arc, arrowstyle="-", color="white", linewidth=6, zorder=above))
+        axes.add_patch(FancyArrowPatch(path=arc, arrowstyle="-|>,head_length=.42,head_width=.2", mutation_scale=16,
+                                       color=COLOURS[j], linewidth=2.6, zorder=above + 0.005))
+
+
+def draw_block(net: DenseNet) -> Figure:
+    last = net.trans1.conv1
+    reads = [layer.bn1.num_features for layer in net.dense1] + [last.in_channels]
+    channels = [reads[0], *(b - a for a, b in pairwise(reads))]
+    n, width, k = len(reads), 300 * len(reads) + 100, net.arguments["growthRate"]
+    figure = Figure(figsize=(width / 100, 6), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, 600))
+    axes.axis("off")
+    for i in range(n):
+        draw_stack(axes, i, channels[i], k)
+        name, size, gives = (f"$H_{{{i + 1}}}$", 24, k) if i < n - 1 else ("transition", 14, last.out_channels)
+        draw_function(axes, i, name, size, f"{reads[i]} → {gives}")
+        draw_connections(axes, i, channels, 100 / last.in_channels)
+    kind = "BN, ReLU, 1×1 convolution, BN, ReLU, 3×3 convolution" if net.arguments["bottleneck"] else (
+        "BN, ReLU, 3×3 convolution")
+    axes.text(58, 34, r"$x_\ell = H_\ell([x_0, x_1, \ldots, x_{\ell-1}])$", fontsize=18, va="center")
+    axes.text(width - 48, 34, rf"$H_\ell$:  {kind};  growth rate $k = {k}$", fontsize=13.5, color=GREY, va="center",
+              ha="right")
+    return figure
+
+
+def render(net: DenseNet, suffix: str) -> bytes:
+    content = io.BytesIO()
+    with matplotlib.style.context({"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}, after_reset=True):
+        draw_block(net).savefig(content, format=suffix, metadata={"Date": None} if suffix == "svg" else {})
+    return content.getvalue()
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
-def run_dot(text: str, suffix: str) -> bytes:
-    """Raises RuntimeError if dot fails."""
-    try:
-        done = subprocess.run(["dot", f"-T{suffix}", "-Gdpi=150" if suffix == "png" else "-Gdpi=72"], input=text.encode(),
-                              capture_output=True, timeout=DOT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"dot took more than {DOT_SECONDS} s for the .{suffix}") from None
-    if done.returncode:
-        raise RuntimeError(f"dot failed with status {done.returncode}: {done.stderr.decode(errors='replace')[:200]}")
-    return done.stdout
-
-
 def replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:  # unlike tempfile's, with the permissions that the umask gives
             file.write(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise RuntimeError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
     print(path)
 
-def make_net(args):
-    with torch.device("meta"):
-        return DenseNet(args.growthRate, args.depth, args.reduction, bottleneck=not args.no_bottleneck, efficient=args.efficient=="yes")
 
-def main(argv=None):
-    args = get_args_parser().parse_args(argv)
-    stem = stem_of(args.out, args.graph)
-    net = make_net(args)
-    text = document(describe(net), {"autograd": autograd_graph, "modules": modules_graph}[args.graph](net))
-    replace_file(Path(f"{stem}.dot"), text.encode())
-    for s in ("svg", "png"):
-        replace_file(Path(f"{stem}.{s}"), run_dot(text, s))
+def write(graph: str, net: DenseNet, stem: Path) -> None:
+    """Raises RuntimeError, with one line for the user."""
+    if graph == "block":
+        files = {suffix: render(net, suffix) for suffix in ("svg", "png")}
+    else:
+        a = net.arguments
+        kind = "-".join(["DenseNet", "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)]).rstrip("-")
+        title = f"{kind}, L={a['depth']}, k={a['growthRate']}, {sum(p.numel() for p in net.parameters()):,} parameters"
+        statements = autograd_graph(net) if graph == "autograd" else modules_graph(net)
+        text = "\n".join([DOT + f"label={quote(title)};", *statements, "}", ""])
+        replace_file(Path(f"{stem}.dot"), text.encode())
+        if not shutil.which("dot"):
+            print("make_graph.py: no .svg and .png, because Graphviz's dot was not found; install it with "
+                  "apt install graphviz, brew install graphviz or conda install graphviz", file=sys.stderr)
+            return
+        files = {suffix: run_dot(text, suffix) for suffix in ("svg", "png")}
+    for suffix, content in files.items():
+        replace_file(Path(f"{stem}.{suffix}"), content)
+
+
+def complain(error: Exception, status: int) -> int:
+    print("make_graph.py: error:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0 done, 2 refused before anything was written, 1 failed later"""
+    try:
+        args = get_args_parser().parse_args(argv)
+        stem, net = stem_of(args.out, args.graph), make_net(args)
+    except ValueError as error:
+        return complain(error, 2)
+    try:
+        write(args.graph, net, stem)
+    except RuntimeError as error:
+        return complain(error, 1)
     return 0
 
 

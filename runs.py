@@ -1,7 +1,7 @@
-"""A run's directory: its lock, CSVs, run.json and checkpoints.
+"""A run's directory (lock, CSVs, run.json, checkpoints), and what goes on beside its training: signals and figures.
 
-Whatever moment the process dies at, what was saved before it stays valid and ``--resume`` continues there: the
-checkpoint holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
+Whatever moment the process dies at, what was saved before stays valid and ``--resume`` continues there: a checkpoint
+holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,14 +26,16 @@ CHECKPOINTS = ("latest.pth", "previous.pth")
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 LOCK = ".lock"
 FILES = {"run.json", LOCK, *CSVS, *CHECKPOINTS, *FIGURES}
+ABOUT = {"flags": dict, "scheduleEpochs": int, "environment": dict, "mean": list, "std": list, "classes": list}
+PROGRESS = {"epoch": int, "test": dict, "best": dict, "csvLengths": dict, "model": dict, "optimizer": dict}
 
 
-class RunError(Exception):
+class RunError(ValueError):
     """What was asked cannot be done with this run directory; the message is one line for the user."""
 
 
 class Run:
-    """A run directory. Nothing is written, not even the directory, before ``open``."""
+    """A run directory. Nothing in it changes before ``begin``, but for the lock."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -49,31 +52,32 @@ class Run:
         if self.lock_handle is not None:
             os.close(self.lock_handle)  # which also unlocks
 
+    # --- before anything is written ---------------------------------------------------------------------------
+
     def check(self, resume: bool, overwrite: bool) -> bool:
         """-> whether the directory holds a run.
 
         Raises:
             RunError: if what it holds does not fit what the user asked for, or nothing can be written there.
         """
-        if not self.path.exists():
+        if not self.path.is_dir():
+            if os.path.lexists(self.path):
+                raise RunError(f"--save {self.path} is not a directory")
             parent = next(p for p in self.path.absolute().parents if p.exists())
             if not parent.is_dir():
                 raise RunError(f"--save {self.path}: {parent} is not a directory")
-            if not os.access(parent, os.W_OK | os.X_OK):
-                raise RunError(f"--save {self.path}: no permission to write in {parent}")
+            check_permission(self.path, parent)
             return False
-        if not self.path.is_dir():
-            raise RunError(f"--save {self.path} is not a directory")
-        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
-            raise RunError(f"--save {self.path}: no permission to write there")
-        found = {p.name for p in self.path.iterdir() if not is_temporary(p.name)}
-        foreign = sorted(found - FILES)
-        is_run = bool(found & {"run.json", *CSVS, *CHECKPOINTS})
-        if not is_run and foreign:
-            raise RunError(f"--save {self.path} is no run but holds other files ({foreign[0]}); name a new directory")
-        if overwrite and foreign:
-            raise RunError(f"--save {self.path} holds a file that is not a run's ({foreign[0]}); --overwrite replaces "
-                           "only runs")
+        check_permission(self.path, self.path)
+        found = {p.name: p for p in self.path.iterdir() if not is_temporary(p.name)}
+        foreign = sorted(name for name, p in found.items() if not p.is_file() or name not in FILES
+                         or (name in CSVS and not is_log(p)))
+        is_run = bool(found.keys() & {"run.json", *CSVS} - set(foreign))
+        if not is_run and (others := sorted(found.keys() - {LOCK})):
+            raise RunError(f"--save {self.path} is no run but holds other files ({others[0]}); name a new directory")
+        if in_the_way := [name for name in foreign if overwrite or name in FILES]:
+            raise RunError(f"--save {self.path} holds {in_the_way[0]}, which is not a run's; move it, or name a new "
+                           "directory")
         if is_run and not resume and not overwrite:
             raise RunError(f"--save {self.path} holds a run; --resume continues it, --overwrite replaces it")
         return is_run
@@ -86,7 +90,10 @@ class Run:
         """
         if self.lock_handle is not None:
             return
+        made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
+        if made:
+            sync_directory(self.path.parent)
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,51 +104,26 @@ class Run:
         self.lock_handle = handle
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        for p in self.path.iterdir():
-            if is_temporary(p.name):  # left by a process that was killed while it wrote
-                p.unlink(missing_ok=True)
 
-    def remove_files(self) -> None:
-        """For --overwrite, after ``check`` and ``open``. Checkpoints go last: until then --resume still finds one."""
-        for name in (*FIGURES, *CSVS, "run.json", *reversed(CHECKPOINTS)):
-            (self.path / name).unlink(missing_ok=True)
+    def read(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """-> what run.json tells of the run (or the checkpoint, where run.json is lost), and the newest sound
+        checkpoint; None for what there is not.
 
-    # --- CSVs -------------------------------------------------------------------------------------------------
-
-    def open_csvs(self, lengths: dict[str, int]) -> None:
-        """Opens them for appending, cut back to these lengths in bytes; new ones get their header."""
-        for name in CSVS:
-            csv = self.csvs[name] = open(self.path / name, "r+b" if (self.path / name).exists() else "w+b", buffering=0)
-            size, length = os.fstat(csv.fileno()).st_size, lengths.get(name, 0)
-            if size < length:
-                raise RunError(f"{self.path / name} has {size} bytes, its checkpoint knows of {length}: rows were lost")
-            csv.truncate(length)
-            csv.seek(length)
-            if length == 0:
-                self.write(name, CSV_HEADER)
-
-    def add(self, name: str, rows: list[tuple[float, float, float]]) -> None:
-        """Appends rows of epoch, loss (mean over images, in nats) and error (in percent)."""
-        text = "".join(f"{epoch:.7g},{loss:.7g},{error:.5g}\n" for epoch, loss, error in rows)
-        self.write(name, text.encode())
-
-    def write(self, name: str, content: bytes) -> None:
-        while content:  # a full disk takes a part, then raises
-            content = content[self.csvs[name].write(content):]
-
-    # --- checkpoints ------------------------------------------------------------------------------------------
-
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """The CSVs, and then latest.pth with their lengths; the one before stays as previous.pth."""
-        for csv in self.csvs.values():
-            os.fsync(csv.fileno())
-        checkpoint = checkpoint | {"csvLengths": {name: csv.tell() for name, csv in self.csvs.items()}}
-        latest, previous = (self.path / name for name in CHECKPOINTS)
-        with replacing(latest) as file:
-            torch.save(checkpoint, file)
-            if self.keep_previous and latest.exists():
-                keep_as(latest, previous)
-        self.keep_previous = True
+        Raises:
+            RunError: if there are checkpoints but none can be used, or some of a CSV's rows are lost.
+        """
+        checkpoint, about = self.load(), self.read_json()
+        sizes = {name: p.stat().st_size if (p := self.path / name).exists() else 0 for name in CSVS}
+        if checkpoint is None:
+            if sizes["test.csv"] and (self.path / "test.csv").read_bytes().count(b"\n") > 2:  # header, epoch 1
+                raise RunError(f"--save {self.path} has no checkpoint left, but rows of some epochs in test.csv; put "
+                               "latest.pth back, or start again with --overwrite or elsewhere")
+            return about, None
+        for name, length in checkpoint["csvLengths"].items():
+            if sizes.get(name, 0) < length:
+                raise RunError(f"{self.path / name} has {sizes.get(name, 0)} bytes, but the checkpoint was saved with "
+                               f"{length}: rows are lost; put the file back, or start again with --overwrite")
+        return about or checkpoint, checkpoint
 
     def load(self) -> dict[str, Any] | None:
         """The newest sound checkpoint; None if the run has none yet.
@@ -149,73 +131,152 @@ class Run:
         Raises:
             RunError: if there are some, but none can be used.
         """
-        problems = []
+        problem = None
         for name in CHECKPOINTS:
+            path = self.path / name
             try:
-                checkpoint = read_checkpoint(self.path / name)
+                checkpoint = read_checkpoint(path)
             except FileNotFoundError:
+                problem = problem or f"{path} is missing"
                 continue
             except ValueError as error:
-                problems.append(str(error))
+                if "is damaged" not in str(error):  # somebody else's: it must not be replaced
+                    raise
+                problem = f"{error}"
                 continue
-            if problems:
-                warn(f"{problems[0]}; continuing from {name}, epoch {checkpoint['epoch']}")
+            if not has(checkpoint, ABOUT | PROGRESS):
+                raise RunError(f"{path} is not a checkpoint of a run: parts of it are missing")
+            if problem:
+                warn(f"{problem}; continuing from {name}, epoch {checkpoint['epoch']}")
                 self.keep_previous = False
             return checkpoint
-        if problems:
-            raise RunError(problems[0])
+        if any(os.path.lexists(self.path / name) for name in CHECKPOINTS):
+            raise RunError(f"{problem}; none of the run's checkpoints can be used: start again with --overwrite")
         return None
-
-    def write_json(self, content: dict[str, Any]) -> None:
-        with replacing(self.path / "run.json") as file:
-            file.write((json.dumps(content, indent=2) + "\n").encode())
 
     def read_json(self) -> dict[str, Any] | None:
         try:
             content = json.loads((self.path / "run.json").read_text())
-            return content if isinstance(content.get("flags"), dict) else None
-        except (OSError, ValueError, AttributeError):
+        except (FileNotFoundError, ValueError):
             return None
+        return content if has(content, ABOUT) else None
+
+    # --- writing ----------------------------------------------------------------------------------------------
+
+    def begin(self, about: dict[str, Any], lengths: dict[str, int], overwrite: bool) -> None:
+        """Opens the run for training: the CSVs cut to ``lengths`` bytes (new ones get their header), run.json.
+
+        Raises:
+            RunError: if another process has the directory, or has had it since ``check``.
+            OSError: naming the file that cannot be written.
+        """
+        if self.lock_handle is None:
+            self.lock()
+            self.check(resume=False, overwrite=False)  # another process may have been faster
+        for name in os.listdir(self.path):
+            if is_temporary(name):  # left by a process that was killed while it wrote
+                (self.path / name).unlink(missing_ok=True)
+        if overwrite:  # in an order that leaves a run to resume, or a new one, wherever this stops
+            for name in ("run.json", *CHECKPOINTS, *FIGURES, *CSVS):
+                (self.path / name).unlink(missing_ok=True)
+        if self.read_json() != about:
+            with replacing(self.path / "run.json") as file:
+                file.write((json.dumps(about, indent=2) + "\n").encode())
+        for name in CSVS:
+            with naming(self.path / name):
+                handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                csv = self.csvs[name] = os.fdopen(handle, "r+b", buffering=0)
+                csv.truncate(lengths.get(name, 0))
+                csv.seek(0, os.SEEK_END)
+            if csv.tell() == 0:
+                self.write(name, CSV_HEADER)
+
+    def add(self, name: str, rows: list[tuple[float, float, float]]) -> None:
+        """Appends rows of epoch, loss (mean over images, in nats) and error (in percent)."""
+        self.write(name, "".join(f"{epoch:.9g},{loss:.7g},{error:.5g}\n" for epoch, loss, error in rows).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        with naming(self.path / name):
+            while content:  # a full disk takes a part, then raises
+                content = content[self.csvs[name].write(content):]
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """The CSVs, and then latest.pth with their lengths; the one before stays as previous.pth."""
+        for name, csv in self.csvs.items():
+            with naming(self.path / name):
+                os.fsync(csv.fileno())
+        lengths = {name: csv.tell() for name, csv in self.csvs.items()}
+        latest, previous = (self.path / name for name in CHECKPOINTS)
+        with replacing(latest) as file:
+            torch.save(checkpoint | {"csvLengths": lengths}, file)
+            if self.keep_previous and latest.exists():
+                keep_as(latest, previous)
+        self.keep_previous = True
+
+
+def check_permission(save: Path, directory: Path) -> None:
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise RunError(f"--save {save}: no permission to write in {directory}")
+
+
+def has(content: Any, kinds: dict[str, type]) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+
+
+def is_log(path: Path) -> bool:
+    """Whether a CSV is a run's (or its beginning), with a header or, as the ancestor writes it, without."""
+    with open(path, "rb") as file:
+        first = file.readline(100)
+    if CSV_HEADER.startswith(first):
+        return True
+    try:
+        return len([float(value) for value in first.split(b",")]) == 3
+    except ValueError:
+        return False
 
 
 # --- files replaced whole ---------------------------------------------------------------------------------------
 
-TEMPORARY = ".tmp-"
+def temporary_for(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")  # one name suffices: the lock lets one process write
 
 
 def is_temporary(name: str) -> bool:
-    return name.startswith(TEMPORARY)
+    """Also plot.py's, which have a random part."""
+    return name.endswith(".tmp") and name.startswith(tuple(f".{file}." for file in FILES))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes ``path``'s place, on disk, when the block ends well, and leaves nothing when it does not."""
-    handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's 0600 would shut out the group
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_directory(path.parent)
+    """A file that takes ``path``'s place, on disk, when the block ends well, and leaves nothing when it does not.
+
+    Raises:
+        OSError: naming ``path``.
+    """
+    temporary = temporary_for(path)
+    with naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_directory(path.parent)
 
 
 def keep_as(path: Path, other: Path) -> None:
     """``path``'s content as ``other`` too, which is replaced whole; ``path`` never vanishes."""
-    temporary = Path(tempfile.mktemp(prefix=TEMPORARY, dir=path.parent))
+    temporary = temporary_for(other)
+    temporary.unlink(missing_ok=True)
     try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, other)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
 
 
 def sync_directory(path: Path) -> None:
@@ -226,10 +287,82 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from inside names the file: those of writing and fsync do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+# --- beside the training ----------------------------------------------------------------------------------------
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C came."""
+
+
+class Signals:
+    """SIGTERM and Ctrl-C raise Stopped: at once, or when ``writing`` is set, at the next ``check``. A second one kills.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.writing = False
+
+    def __enter__(self) -> "Signals":
+        caught = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+        self.before = {s: signal.signal(s, self.note) for s in caught}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def note(self, number: int, _frame) -> None:
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+        self.received = number
+        if not self.writing:
+            raise Stopped
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Stopped
+
+
+class Plotter:
+    """plot.py in the background, one at a time; if it fails, that is said once and it is not tried again."""
+
+    def __init__(self, save: str, enabled: bool):
+        self.command = [sys.executable, str(Path(__file__).resolve().with_name("plot.py")), "--", save]
+        self.process: subprocess.Popen | None = None
+        self.enabled = enabled
+
+    def start(self) -> None:
+        """Starts it, unless it is still at work."""
+        if self.process is not None and self.process.poll() is not None:
+            self.finish()
+        if self.enabled and self.process is None:
+            try:
+                self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                                stderr=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
+            except OSError as error:
+                self.give_up(str(error))
+
+    def finish(self) -> None:
+        """Waits for its end."""
+        if self.process is None:
+            return
+        _, stderr = self.process.communicate()
+        if self.process.returncode:
+            self.give_up((stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1])
+        self.process = None
+
+    def give_up(self, reason: str) -> None:
+        self.enabled = False
+        warn(f"no figures, but the training is not affected: {reason}")
 
 
 def warn(message: str) -> None:

@@ -5,15 +5,18 @@ Without flags: the paper's DenseNet-BC (L=100, k=12) on CIFAR-10 with crop and f
 one. ./train.py --help lists the flags; ./plot.py draws the CSVs again at any time.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports
+
 import argparse
 import math
 import os
 import platform
-import signal
-import subprocess
+import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,28 +28,20 @@ from tqdm import tqdm
 
 import data
 import densenet
-from runs import Run, RunError, warn
+from runs import Plotter, Run, RunError, Signals, Stopped, warn
 
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
 EFFICIENT = {"yes": True, "no": False, "max": "max"}
 EVALUATION_BATCH = 250  # images; without gradients they take little memory
-PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
-MAY_CHANGE = ("device", "no_cuda", "data", "save", "no_plot", *PER_SESSION)  # between a run's sessions; nEpochs can grow
-
-
-class Diverged(Exception):
-    """The loss is not finite."""
-
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C came."""
+OF_THE_COMMAND = ("save", "no_plot", "resume", "overwrite", "evaluate")  # never taken from a saved run
+MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, no usage
+        raise ValueError(message)
 
 
 def whole(minimum: int, maximum: int):
@@ -56,21 +51,27 @@ def whole(minimum: int, maximum: int):
         except ValueError:
             value = minimum - 1
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text!r}; valid are whole numbers from {minimum} to {maximum}")
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid are whole numbers from {minimum} to {maximum}")
         return value
     return parse
 
 
-def real(minimum: float, maximum: float, valid: str):
+def real(valid: str, is_valid):
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            value = math.nan
-        if not minimum <= value <= maximum:  # nan as well
-            raise argparse.ArgumentTypeError(f"{text!r}; valid is {valid}")
+            value = math.nan  # which no comparison takes
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
         return value
     return parse
+
+
+def path(text: str) -> str:
+    if not text or not text.isprintable():  # neither could be shown in one line
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path of printable characters")
+    return text
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                     allow_abbrev=False)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=("cifar10",), default="cifar10", help="default: %(default)s")
-    group.add_argument("--data", metavar="DIR", default="data",
+    group.add_argument("--data", metavar="DIR", type=path, default="data",
                        help="the data set's folder or its parent; downloaded there if missing (default: %(default)s)")
     group.add_argument("--no-augment", action="store_true",
                        help="no random crop (4 pixels of padding) and no random flip of training images")
@@ -88,10 +89,12 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="k, the channels that each layer adds (default: %(default)s)")
     group.add_argument("--depth", metavar="L", type=whole(1, 4096), default=100,
                        help="layers: 6n + 4 with bottleneck, 3n + 4 without (default: %(default)s)")
-    group.add_argument("--reduction", metavar="R", type=real(0, 1, "above 0 and at most 1"), default=0.5,
+    group.add_argument("--reduction", metavar="R", type=real("above 0 and at most 1", lambda r: 0 < r <= 1),
+                       default=0.5,
                        help="share of the channels that a transition keeps (default: %(default)s)")
     group.add_argument("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
-    group.add_argument("--dropRate", metavar="P", type=real(0, 1, "from 0 to below 1"), default=0.0,
+    group.add_argument("--dropRate", metavar="P", type=real("from 0 to below 1", lambda p: 0 <= p < 1),
+                       default=0.0,
                        help="dropout after every convolution but the first; the paper: 0.2 with --no-augment "
                             "(default: %(default)s)")
     group.add_argument("--initChannels", metavar="C", type=whole(1, 65536), default=None,
@@ -107,70 +110,93 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--opt", choices=tuple(LEARNING_RATE), default="sgd",
                        help="sgd: momentum 0.9, the rate falls to a tenth at 1/2 and a hundredth at 3/4 of the epochs; "
                             "adam, rmsprop: constant rate (default: %(default)s)")
-    group.add_argument("--lr", metavar="R", type=real(1e-12, 1e6, "from 1e-12 to 1e6"), default=None,
+    group.add_argument("--lr", metavar="R", type=real("from 1e-12 to 1e6", lambda r: 1e-12 <= r <= 1e6),
+                       default=None,
                        help="learning rate at the start (default: " +
                             ", ".join(f"{opt} {rate:g}" for opt, rate in LEARNING_RATE.items()) + ")")
-    group.add_argument("--weightDecay", metavar="D", type=real(0, 1e6, "from 0 to 1e6"), default=1e-4,
+    group.add_argument("--weightDecay", metavar="D", type=real("from 0 to 1e6", lambda d: 0 <= d <= 1e6),
+                       default=1e-4,
                        help="L2 penalty on all parameters (default: %(default)s)")
     group.add_argument("--no-nesterov", action="store_true", help="plain momentum with --opt sgd")
     group.add_argument("--seed", metavar="S", type=whole(0, 2**32 - 1), default=1, help="default: %(default)s")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save", metavar="DIR", default=None, help="run directory (default: work/<dataset>.base)")
+    group.add_argument("--save", metavar="DIR", type=path, default=None, help="run directory (default: work/<dataset>.base)")
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --save, with its flags, or start it; can be repeated until it ends")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --save")
-    group.add_argument("--evaluate", metavar="CHECKPOINT", default=None,
+    group.add_argument("--evaluate", metavar="CHECKPOINT", type=path, default=None,
                        help="only print a checkpoint's loss and error on the test images")
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU")
     group.add_argument("--device", metavar="D", default=None,
                        help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same numbers each time on a GPU too, where it is slower; a CPU always gives them")
     group.add_argument("--no-plot", action="store_true", help="do not run plot.py after each epoch")
     return parser
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """-> all flags, and those that stand on the command line"""
+    """-> all flags, and those that stand on the command line; ValueError for nonsense"""
     parser = get_args_parser()
     defaults = vars(parser.parse_args([]))
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**defaults | given)
-    if args.reduction == 0 or args.dropRate == 1:
-        parser.error("--reduction 0; valid is above 0 and at most 1" if args.reduction == 0
-                     else "--dropRate 1; valid is from 0 to below 1")
     if args.resume and args.overwrite:
-        parser.error("--resume continues the run that --overwrite would replace; give one of them")
+        raise ValueError("--resume continues the run that --overwrite would replace; give one of them")
+    if args.evaluate and (args.resume or args.overwrite):
+        raise ValueError("--evaluate does not train; give it without --resume and --overwrite")
     if args.no_cuda and args.device not in (None, "cpu"):
-        parser.error(f"--no-cuda contradicts --device {args.device}; give one of them")
+        raise ValueError(f"--no-cuda contradicts --device {args.device}; give one of them")
     args.lr = args.lr or LEARNING_RATE[args.opt]
     args.save = args.save or f"work/{args.dataset}.base"
     return args, given
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag(name: str, value: Any) -> str:
+    """As on a command line: --depth=40, --no-cuda, or nothing for a flag that is not set."""
+    if value is None or value is False:
+        return ""
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
 
 
-def merge_saved(args: argparse.Namespace, given: dict[str, Any], saved: dict[str, Any]) -> argparse.Namespace:
+def saved_args(about: dict[str, Any], save: str) -> argparse.Namespace:
+    """The flags of a saved run, tested like those of a command line; those it does not know have their default."""
+    try:
+        return parse_args([text for name, value in about["flags"].items() if (text := flag(name, value))])[0]
+    except ValueError as error:
+        raise RunError(f"{save} holds a run with flags that this train.py does not take ({error})") from None
+
+
+def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argparse.Namespace) -> argparse.Namespace:
     """The saved run's flags, and of the given ones those that may change.
 
     Raises:
         RunError: if a given flag contradicts the run.
     """
     for name, value in given.items():
-        if name == "nEpochs":
-            if value < saved[name]:
-                raise RunError(f"--nEpochs {value} is less than the run's {saved[name]}; valid with --resume is more")
-        elif name not in MAY_CHANGE and value != saved.get(name):
-            raise RunError(f"{flag(name)} {value} contradicts the run in {args.save}, which has {saved.get(name)}; "
-                           "leave it out to continue that run, or name another --save")
-    changed = {name: value for name, value in vars(args).items() if name in MAY_CHANGE or name in given}
-    return argparse.Namespace(**saved | changed)
+        of_run = getattr(saved, name)
+        if name == "nEpochs" and value < of_run:
+            raise RunError(f"--nEpochs {value} is less than the {of_run} of the run in {args.save}; valid with --resume "
+                           "is that or more")
+        if name not in ("nEpochs", *MAY_CHANGE) and value != of_run:
+            raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
+                           f"{flag(name, of_run) or 'not set it'}; leave it out to continue that run, or name another "
+                           "--save")
+    merged = vars(saved) | given | {name: getattr(args, name) for name in OF_THE_COMMAND}
+    if "device" in given or "no_cuda" in given:  # one replaces the other
+        merged |= {"device": args.device, "no_cuda": args.no_cuda}
+    return argparse.Namespace(**merged)
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+        torch.backends.cudnn.benchmark = False
     gpus = torch.cuda.device_count()  # without touching any
     if args.device is None:
         return torch.device("cuda" if gpus and not args.no_cuda else "cpu")
@@ -202,19 +228,27 @@ def make_optimizer(args: argparse.Namespace, net: torch.nn.Module) -> torch.opti
     return kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay)
 
 
-def make_net(args: argparse.Namespace, nClasses: int, inChannels: int) -> densenet.DenseNet:
-    """Raises ValueError for a network that cannot be, or not on this machine."""
-    arguments = dict(growthRate=args.growthRate, depth=args.depth, reduction=args.reduction, nClasses=nClasses,
-                     bottleneck=not args.no_bottleneck, dropRate=args.dropRate, initChannels=args.initChannels,
-                     inChannels=inChannels, efficient=EFFICIENT[args.efficient])
+def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(growthRate=args.growthRate, depth=args.depth, reduction=args.reduction,
+                bottleneck=not args.no_bottleneck, dropRate=args.dropRate, initChannels=args.initChannels,
+                efficient=EFFICIENT[args.efficient])
+
+
+def check_network(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
     with torch.device("meta"):  # sizes alone
-        needed = 12 * sum(p.numel() for p in densenet.DenseNet(**arguments).parameters())
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:  # weights, gradients and momentum, in float32
-        raise ValueError(f"a network of --depth {args.depth} --growthRate {args.growthRate} takes {needed / 1e9:.0f} GB "
-                         f"for its parameters alone; this machine has {available / 1e9:.0f} GB")
-    torch.manual_seed(args.seed)  # before anything is drawn; on the CPU, so alike for every device
-    return densenet.DenseNet(**arguments)
+        net = densenet.DenseNet(**network_arguments(args))
+    # weights, gradients and momentum; the first block's output for a batch of 32x32 images, and its gradient
+    needed = 12 * count(net) + 8 * args.batchSz * 32 * 32 * net.trans1.bn1.num_features
+    available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+                 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if needed > available:
+        raise ValueError(f"a step of --depth {args.depth} --growthRate {args.growthRate} --batchSz {args.batchSz} takes "
+                         f"more than {needed / 1e9:.0f} GB of memory; {device} has {available / 1e9:.0f} GB")
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
 
 
 def train_step(net, optimizer, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

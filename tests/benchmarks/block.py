@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Time and memory of a training step of DenseNet-BC: ours and, side by side in one run, torchvision's and timm's.
+
+    tests/benchmarks/block.py                          the table; --json FILE, --plot FILE.png
+    tests/benchmarks/block.py --depths 40 100 190 250  how ours grows with depth, beside the textbook layers
+    tests/benchmarks/block.py --depth 190 --growthRate 40 --only "ours efficient" --steps 1
+
+Each implementation has a process of its own; they take turns, a step each, so that a drift of the machine meets all.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from densenet import DenseNet
+
+MIB = 2**20
+IMPLEMENTATIONS = {  # name: (library, option, memory format)
+    "torchvision": ("torchvision", False, "nchw"),
+    "torchvision memory_efficient": ("torchvision", True, "nchw"),
+    "torchvision channels_last": ("torchvision", False, "channels_last"),
+    "ours efficient": ("ours", True, "channels_last"),
+    "ours max": ("ours", "max", "channels_last"),
+    "torchvision memory_efficient channels_last": ("torchvision", True, "channels_last"),
+    "timm": ("timm", False, "nchw"),
+    "timm memory_efficient": ("timm", True, "nchw"),
+    "ours textbook": ("ours", False, "nchw"),
+    "ours textbook channels_last": ("ours", False, "channels_last"),
+}
+# what takes turns in one run: all at once would hold over 20 GB
+GROUPS = (list(IMPLEMENTATIONS)[:5], ["torchvision", *list(IMPLEMENTATIONS)[5:]])
+REFERENCES = ("torchvision", "torchvision memory_efficient", "torchvision channels_last")
+
+
+def build(library: str, option, depth: int, growthRate: int) -> nn.Module:
+    """The same network from each library: torchvision's and timm's with a CIFAR stem."""
+    layers = (depth - 4) // 6
+    if library == "ours":
+        return DenseNet(growthRate=growthRate, depth=depth, efficient=option)
+    if library == "torchvision":
+        from torchvision.models import DenseNet as Peer
+        net = Peer(growthRate, (layers,) * 3, 2 * growthRate, num_classes=10, memory_efficient=option)
+        stem = ("norm0", "relu0", "pool0")
+    else:
+        from timm.models.densenet import DenseNet as Peer
+        net = Peer(growthRate, (layers,) * 3, num_classes=10, memory_efficient=option)
+        stem = ("norm0", "pool0")
+    net.features.conv0 = nn.Conv2d(3, 2 * growthRate, 3, padding=1, bias=False)
+    for name in stem:
+        delattr(net.features, name)
+    return net
+
+
+def worker(pipe, name: str, args) -> None:
+    """Answers each message with the seconds of one step; first with bytes kept and peak memory."""
+    library, option, layout = IMPLEMENTATIONS[name]
+    torch.manual_seed(0)
+    try:
+        net = build(library, option, args.depth, args.growthRate).to(args.device)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    images = torch.randn(args.batchSz, 3, args.imageSize, args.imageSize, device=args.device)
+    labels = torch.randint(10, (args.batchSz,), device=args.device)
+    if layout == "channels_last":
+        net, images = net.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+
+    def loss_of(n=args.batchSz):
+        out = net(images[:n])
+        return F.nll_loss(out, labels[:n]) if library == "ours" else F.cross_entropy(out, labels[:n])
+
+    loss_of(2).backward()  # libraries load their code, gradients get their memory
+    pipe.send(kept_bytes(net, loss_of) | {"peak": peak_bytes(args.device, lambda: loss_of().backward()),
+                                          "parameters": sum(p.numel() for p in net.parameters())})
+    while pipe.recv():
+        start = time.perf_counter()
+        loss_of().backward()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        net.zero_grad(set_to_none=False)
+        pipe.send(seconds)
+
+
+def kept_bytes(net: nn.Module, loss_of) -> dict[str, int]:
+    """Bytes that autograd keeps between forward and backward; each storage once, parameters and images not."""
+    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+    alive = []  # or a freed storage's address would come again
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        alive.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss_of()
+    return {"kept": sum(storages.values())}
+
+
+def peak_bytes(device: str, step) -> int:
+    """The step's peak over what is resident before it."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":  # only the peak of the whole process is to be had
+        step()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(names: list[str], args) -> dict[str, dict]:
+    context, workers, results = multiprocessing.get_context("spawn"), {}, {}
+    for name in names:
+        here, there = context.Pipe()
+        process = context.Process(target=worker, args=(there, name, args), daemon=True)
+        process.start()
+        answer = here.recv()
+        if isinstance(answer, str):
+            print(f"left out: {name} ({answer})", file=sys.stderr)
+        else:
+            workers[name], results[name] = (here, process), answer | {"seconds": []}
+    for i in range(args.steps + 1):
+        for name, (pipe, _) in workers.items():
+            pipe.send(True)
+            seconds = pipe.recv()
+            if i:  # the first is a warm-up
+                results[name]["seconds"].append(seconds)
+    for pipe, process in workers.values():
+        pipe.send(False)
+        process.join()
+    for r in results.values():
+        r["median"] = sorted(r["seconds"])[len(r["seconds"]) // 2]
+    return results
+
+
+def print_table(results: dict[str, dict], batchSz: int) -> None:
+    references = [name for name in REFERENCES if name in results]
+    print(f"\n{'':44}{'s/step':>8}{'images/s':>10}{'kept MiB':>10}{'peak MiB':>10}   step's ratio to " +
+          " | ".join(references))
+    for name, r in results.items():
+        ratios = " | ".join(f"{r['median'] / results[ref]['median']:.2f}" for ref in references)
+        print(f"{name:44}{r['median']:8.3f}{batchSz / r['median']:10.1f}{r['kept'] / MIB:10.0f}{r['peak'] / MIB:10.0f}"
+              f"   {ratios}")
+
+
+def draw(results: dict[str, dict], path: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, r in results.items():
+        ours = name.startswith("ours e") or name.startswith("ours m")
+        ax.plot(r["median"], r["kept"] / MIB, "o" if ours else "s", color="#0072B2" if ours else "#777777", markersize=8)
+        ax.annotate(name, (r["median"], r["kept"] / MIB), xytext=(7, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="seconds a training step", ylabel="MiB kept for backward", xlim=(0, None), ylim=(0, None))
+    ax.margins(x=0.3)
+    ax.set_xlim(0, 1.45 * max(r["median"] for r in results.values()))
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def draw_depths(table: dict[int, dict], path: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    depths = list(table)
+    for ax, key, label, unit in ((axes[0], "kept", "MiB kept for backward", MIB), (axes[1], "median", "seconds a step", 1)):
+        for name, color in (("ours textbook", "#777777"), ("ours efficient", "#0072B2"), ("ours max", "#D55E00")):
+            ax.plot(depths, [table[d][name][key] / unit for d in depths], "o-", color=color, label=name)
+        ax.set(xlabel="depth L (k = 12)", ylabel=label, ylim=(0, None), xticks=depths)
+        ax.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=100)
+    parser.add_argument("--growthRate", type=int, default=12)
+    parser.add_argument("--batchSz", type=int, default=64)
+    parser.add_argument("--imageSize", type=int, default=32, help="pixels")
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each; the median is shown")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=tuple(IMPLEMENTATIONS), metavar="NAME")
+    parser.add_argument("--depths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args(argv)
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    print(f"DenseNet-BC k={args.growthRate}, batch {args.batchSz}, float32, torch {torch.__version__}, {args.device}{threads}")
+    if args.depths:
+        table = {}
+        for args.depth in args.depths:
+            print(f"\nL={args.depth}", end="")
+            table[args.depth] = measure(["ours textbook", "ours efficient", "ours max"], args)
+            print_table(table[args.depth], args.batchSz)
+    else:
+        table = {}
+        for names in [args.only] if args.only else GROUPS:
+            results = measure(names, args)
+            print_table(results, args.batchSz)
+            table = results | table  # the first group's torchvision stays
+    if args.json:
+        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+    if args.plot:
+        (draw_depths if args.depths else draw)(table, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
