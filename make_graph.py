@@ -32,11 +32,14 @@ from torch.autograd.graph import Node, get_gradient_edge
 from densenet import DenseBlock, DenseNet, Transition
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
-DOT_SECONDS = 120  # depth 250 takes a few
+DOT_SECONDS = 120  # depth 250 takes 2
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe-Ito
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
 CENTRED = {"ha": "center", "va": "center"}
+TIMES = "\N{MULTIPLICATION SIGN}"
 FILL = {"Convolution": SAND, "EfficientBlock": SAND, "Cat": PALE_GREEN}
+NOTE = {"modules": "the blue line carries all channels so far: each layer reads them and adds its own",
+        "autograd": "pale blue: image and parameters; other boxes: operations, by their gradients' names"}
 DOT = """digraph {
 graph [fontname="Helvetica,Arial,sans-serif", fontsize=13, labelloc=t, newrank=true, nodesep=0.08, ranksep=0.06];
 node [fontname="Helvetica,Arial,sans-serif", fontsize=10, shape=box, style="filled,rounded", color="#666666",
@@ -77,8 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
     add("--efficient", choices=("no", "yes"), default="no",
         help="autograd only. no: the textbook's operations; yes: the efficient block, one operation (default: no)")
-    add("--layers", metavar="N", type=number(int, 2, len(COLOURS)), default=5,
-        help=f"block only: x0 to x(N-1) are drawn, N from 2 to {len(COLOURS)} (default: %(default)s)")
+    add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
+        help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
     add("--out", metavar="FILE", default=".",
         help="an existing directory, or the files' path without suffix (default: ./graph-<kind>)")
     return parser
@@ -86,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def stem_of(out: str, kind: str) -> Path:
     """Refuses before anything is drawn what could not be written afterwards."""
-    stem = Path(out, f"graph-{kind}") if os.path.isdir(out) or out.endswith("/") else Path(out)
+    stem = Path(out, f"graph-{kind}") if os.path.isdir(out or ".") or out.endswith("/") else Path(out)
     stem = stem.with_suffix("") if stem.suffix in (".dot", ".svg", ".png") else stem
     if not os.path.isdir(stem.parent):
         raise ValueError(f"--out {out}: there is no directory {stem.parent}; valid are paths in an existing one")
@@ -121,10 +124,12 @@ def run_dot(text: str, suffix: str) -> bytes:
     try:
         dot = subprocess.run(command, input=text.encode(), capture_output=True, timeout=DOT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"dot took more than {DOT_SECONDS} s for the .{suffix}") from None
+        raise RuntimeError(f"dot took more than {DOT_SECONDS} s for the .{suffix}; the .dot is written") from None
+    except OSError as error:
+        raise RuntimeError(f"dot cannot be run ({error.strerror}); the .dot is written") from None
     if dot.returncode:
         reason = dot.stderr.decode(errors="replace").strip()[:200] or "no message"
-        raise RuntimeError(f"dot failed for the .{suffix} with status {dot.returncode}: {reason}")
+        raise RuntimeError(f"dot failed for the .{suffix} with status {dot.returncode} ({reason}); the .dot is written")
     return dot.stdout
 
 
@@ -159,6 +164,8 @@ def autograd_graph(net: DenseNet) -> list[str]:
         fill = FILL.get(name_of(operation), "white") if leaf is None else PALE_BLUE
         statements.append(line(name, label=label, fillcolor=fill))
     statements.append(line(names[output.grad_fn], "output"))
+    if net.efficient:
+        statements.append("rankdir=LR;")  # a block's many parameters below each other, not abreast
     for operation, name in names.items():
         for i, (source, _) in enumerate(operation.next_functions):
             weight = 50 if i == 0 and name_of(operation) == "Cat" else 1  # what passes by layers: a straight line
@@ -174,16 +181,17 @@ def origin(tensor: torch.Tensor) -> Node:
 
 
 def caption(name: str, layer: nn.Module) -> str:
-    """dense1.0  1×1→48, 3×3→12: the channels that its convolutions make"""
-    parts = [f"{'×'.join(map(str, m.kernel_size))}→{m.out_channels}" for m in layer.modules() if type(m) is nn.Conv2d]
-    pool = ["pool"] if isinstance(layer, Transition) else []
-    return f"{name}  {', '.join(parts + pool or [type(layer).__name__])}"
+    """Its convolutions' kernels and the channels that they make."""
+    parts = [f"{TIMES.join(map(str, conv.kernel_size))}→{conv.out_channels}"
+             for conv in layer.modules() if isinstance(conv, nn.Conv2d)] or [type(layer).__name__]
+    return f"{name}  {', '.join(parts)}{', pool' if isinstance(layer, Transition) else ''}"
 
 
 class Layers:
     """Layers, joined where the backward graph of a real forward pass leads from one's input to another's output."""
 
-    def __init__(self, image: torch.Tensor):
+    def __init__(self, image: torch.Tensor, most_channels: int):
+        self.per_point = most_channels / 6  # channels, for each point of a line's width
         self.maker: dict[Node, str] = {}  # of each tensor
         self.heads: list[str] = []  # what stands above each block, which is a column
         self.blocks: dict[str, list[str]] = {}
@@ -191,7 +199,7 @@ class Layers:
         self.add("image", "image", image)
 
     def add(self, name: str, label: str, output: torch.Tensor, **attributes: object) -> None:
-        label = f"{label}\n{'×'.join(map(str, output.shape[1:]))}".strip()
+        label = f"{label}\n{TIMES.join(map(str, output.shape[1:]))}".strip()
         self.statements.append(line(name, label=label, group=max(1, len(self.heads)), **attributes))
         self.maker[origin(output)] = name
 
@@ -222,7 +230,8 @@ class Layers:
         self.blocks.setdefault(name.split(".")[0], []).extend((name, joint))
         self.statements += [line(name, label=caption(name, layer), fillcolor=PALE_BLUE),
                             line(self.source(inputs[0]), name, tailport="sw")]
-        passing = dict(color=COLOURS[0], arrowhead="none", weight=20, penwidth=0.5 + inputs[0].shape[1] / 60)
+        passing = dict(color=COLOURS[0], arrowhead="none", weight=20,
+                       penwidth=0.5 + inputs[0].shape[1] / self.per_point)
         for operand, _ in output.grad_fn.next_functions:
             style = passing if operand in self.maker else {}
             self.statements.append(line(self.maker.get(operand, name), joint, **style))
@@ -238,7 +247,7 @@ class Layers:
 
 def modules_graph(net: DenseNet) -> list[str]:
     image = torch.zeros(IMAGE, device=net.fc.weight.device, requires_grad=True)
-    layers = Layers(image)
+    layers = Layers(image, max(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)))
     for name, layer in net.named_modules():
         if re.fullmatch(r"\w+\.\d+", name):  # dense1.0
             layer.register_forward_hook(partial(layers.add_dense, name))
@@ -281,7 +290,7 @@ def draw_connections(axes: Axes, i: int, channels: list[int], unit: float) -> No
     for j in range(i + 1):
         x -= unit * channels[j]
         axes.add_patch(Rectangle((x, 287), unit * channels[j], 16, facecolor=COLOURS[j], edgecolor="white"))
-        start, end = 122 + 300 * j + min(11, 50 / (n - 1)) * ((n - 1 + j) / 2 - i), x + unit * channels[j] / 2
+        start, end = 122 + 300 * j + min(11, 44 / (n - 1)) * ((n - 1 + j) / 2 - i), x + unit * channels[j] / 2
         top = (70 + 245 * (i - j) / (n - 1)) / 0.75  # a cubic curve climbs to 3/4 of its middle points
         arc = Curve([(start, 260), (start, 260 + top), (end, 260 + top), (end, 306)], [1, 4, 4, 4])
         above = 1 + 0.1 * j - 0.01 * i  # white below its colour: a line seems to pass over those that it crosses
@@ -303,11 +312,10 @@ def draw_block(net: DenseNet) -> Figure:
         name, size, gives = (f"$H_{{{i + 1}}}$", 24, k) if i < n - 1 else ("transition", 14, last.out_channels)
         draw_function(axes, i, name, size, f"{reads[i]} → {gives}")
         draw_connections(axes, i, channels, 100 / last.in_channels)
-    kind = "BN, ReLU, 1×1 convolution, BN, ReLU, 3×3 convolution" if net.arguments["bottleneck"] else (
-        "BN, ReLU, 3×3 convolution")
+    kind = ", ".join(f"BN, ReLU, {n}{TIMES}{n} convolution" for n in ((1, 3) if net.arguments["bottleneck"] else (3,)))
     axes.text(58, 34, r"$x_\ell = H_\ell([x_0, x_1, \ldots, x_{\ell-1}])$", fontsize=18, va="center")
-    axes.text(width - 48, 34, rf"$H_\ell$:  {kind};  growth rate $k = {k}$", fontsize=13.5, color=GREY, va="center",
-              ha="right")
+    axes.text(width - 48, 34, rf"$H_\ell$:  {kind};  growth rate $k = {k}$", color=GREY, ha="right", va="center",
+              fontsize=min(13.5, width / 90))
     return figure
 
 
@@ -333,24 +341,25 @@ def replace_file(path: Path, content: bytes) -> None:
     print(path)
 
 
+def write_dot(graph: str, net: DenseNet, stem: Path) -> str:
+    a, parameters = net.arguments, sum(p.numel() for p in net.parameters())
+    kind = f"DenseNet-{'B' * a['bottleneck']}{'C' * (a['reduction'] < 1)}".rstrip("-")
+    title = f"{kind}, L={a['depth']}, k={a['growthRate']}, {parameters:,} parameters\n{NOTE[graph]}"
+    statements = autograd_graph(net) if graph == "autograd" else modules_graph(net)
+    text = "\n".join([f"{DOT}label={quote(title)};", *statements, "}", ""])
+    replace_file(Path(f"{stem}.dot"), text.encode())
+    return text
+
+
 def write(graph: str, net: DenseNet, stem: Path) -> None:
     """Raises RuntimeError, with one line for the user."""
-    if graph == "block":
-        files = {suffix: render(net, suffix) for suffix in ("svg", "png")}
-    else:
-        a = net.arguments
-        kind = "-".join(["DenseNet", "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)]).rstrip("-")
-        title = f"{kind}, L={a['depth']}, k={a['growthRate']}, {sum(p.numel() for p in net.parameters()):,} parameters"
-        statements = autograd_graph(net) if graph == "autograd" else modules_graph(net)
-        text = "\n".join([DOT + f"label={quote(title)};", *statements, "}", ""])
-        replace_file(Path(f"{stem}.dot"), text.encode())
-        if not shutil.which("dot"):
-            print("make_graph.py: no .svg and .png, because Graphviz's dot was not found; install it with "
-                  "apt install graphviz, brew install graphviz or conda install graphviz", file=sys.stderr)
-            return
-        files = {suffix: run_dot(text, suffix) for suffix in ("svg", "png")}
-    for suffix, content in files.items():
-        replace_file(Path(f"{stem}.{suffix}"), content)
+    draw = partial(render, net) if graph == "block" else partial(run_dot, write_dot(graph, net, stem))
+    if graph != "block" and not shutil.which("dot"):
+        print("make_graph.py: Graphviz's dot was not found, so there is no .svg and no .png; install graphviz for them "
+              "(with apt, brew or conda)", file=sys.stderr)
+        return
+    for suffix in ("svg", "png"):
+        replace_file(Path(f"{stem}.{suffix}"), draw(suffix))
 
 
 def complain(error: Exception, status: int) -> int:
@@ -363,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = get_args_parser().parse_args(argv)
         stem, net = stem_of(args.out, args.graph), make_net(args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the parameters
         return complain(error, 2)
     try:
         write(args.graph, net, stem)
