@@ -10,7 +10,6 @@ memory and less time; ``efficient=False`` switches it off.
 import math
 import os
 import pickle
-TILE=int(os.environ.get("TILE","4096"))
 import zipfile
 from typing import NamedTuple
 
@@ -314,8 +313,8 @@ class EfficientBlock(torch.autograd.Function):
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
     The two means take no pass over G: they are the sums over the layers of gamma_l dbeta_l and gamma_l dgamma_l.
-    A bottleneck's second batch norm has one reader, so torch's own serves. Kept for the backward pass: xhat, each
-    bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
+    A bottleneck's second batch norm follows the same lines with a single reader. Kept for the backward pass: xhat,
+    each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
 
     Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. A layer is
     worked through in tiles of images, so that what is made in between stays in a CPU's cache.
@@ -373,23 +372,17 @@ class EfficientBlock(torch.autograd.Function):
             new = slice(c, c + k)
             dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sums[:, new] / m).to(spec.dtype)
             if spec.bottleneck:
-                gamma1, beta1, weight1, gamma2, beta2, weight2 = layer
                 dh = undrop(dh, spec.dropRate, kept)
                 rstd2, h = kept.pop(), kept.pop()
                 if spec.recompute:
-                    mean2 = h
-                    h = affine_relu_conv(xhat[:, :c], gamma1, beta1, weight1)
+                    mean2, h = h, affine_relu_conv(xhat[:, :c], *layer[:3])
                     h = undrop(h, spec.dropRate, kept[-1:])  # the same mask, which stays for dh
                     h = torch.addcmul(column(-mean2 * rstd2), h, column(rstd2)).to(h.dtype)  # as normalise does
-                dweight2 = torch.zeros_like(weight2)
-                G2, sums2 = torch.zeros_like(h, dtype=gamma.dtype), gamma.new_zeros(2, len(gamma2))
-                das = conv_backward(dh, h, gamma2, beta2, weight2, dweight2)
-                grads = [*collect(das, h, gamma2, G2, sums2), dweight2, *grads]
+                G2, sums2 = torch.zeros_like(h, dtype=gamma.dtype), gamma.new_zeros(2, h.shape[1])
+                grads = affine_relu_conv_backward(dh, h, *layer[3:], G2, sums2) + grads
                 dh = normalise_backward(G2, h, rstd2, sums2 / m).to(spec.dtype)
             dh = undrop(dh, spec.dropRate, kept)
-            dweight = torch.zeros_like(layer[2])
-            das = conv_backward(dh, xhat[:, :c], *layer[:3], dweight)
-            grads = [*collect(das, xhat[:, :c], layer[0], G[:, :c], sums[:, :c]), dweight, *grads]
+            grads = affine_relu_conv_backward(dh, xhat[:, :c], *layer[:3], G[:, :c], sums[:, :c]) + grads
         dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sums[:, :c] / m)
         return dx, None, *grads
 
@@ -432,8 +425,8 @@ def normalise_backward(G, xhat, rstd, means):
     return torch.sub(G, column(means[0])).addcmul_(xhat, column(means[1]), value=-1).mul_(column(rstd))
 
 
-def affine_relu(xhat, gamma, beta, out=None):
-    return torch.addcmul(column(beta), xhat, column(gamma), out=out).to(xhat.dtype).relu_()
+def affine_relu(xhat, gamma, beta):
+    return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
 def affine_relu_conv(xhat, gamma, beta, weight):
@@ -441,6 +434,12 @@ def affine_relu_conv(xhat, gamma, beta, weight):
     weight = weight.to(xhat.dtype)
     h = [F.conv2d(affine_relu(hat, gamma, beta), weight, padding=weight.shape[-1] // 2) for (hat,) in tiles(xhat)]
     return torch.cat(h) if len(h) > 1 else h[0]
+
+
+def affine_relu_conv_backward(dh, xhat, gamma, beta, weight, G, sums):
+    """-> [dgamma, dbeta, dweight]; adds to G and sums as ``collect``"""
+    dweight = torch.zeros_like(weight)
+    return [*collect(conv_backward(dh, xhat, gamma, beta, weight, dweight), xhat, gamma, G, sums), dweight]
 
 
 def conv_backward(dh, xhat, gamma, beta, weight, dweight):
@@ -451,7 +450,7 @@ def conv_backward(dh, xhat, gamma, beta, weight, dweight):
         da, dw, _ = torch.ops.aten.convolution_backward(
             dout, a, low, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))
         dweight += dw
-        yield torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+        yield masked(da, a)
 
 
 def pool_backward(dout, xhat, gamma, beta, pool):
@@ -459,7 +458,12 @@ def pool_backward(dout, xhat, gamma, beta, pool):
     for dpooled, hat in tiles(dout, xhat):
         a = affine_relu(hat, gamma, beta)
         da = torch.ops.aten.avg_pool2d_backward(dpooled, a, pool, pool, (0, 0), False, True, None)
-        yield torch.ops.aten.threshold_backward(da, a, 0)
+        yield masked(da, a)
+
+
+def masked(da, a):
+    """ReLU's gradient, in place: zero where a is."""
+    return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
 
 
 def collect(das, xhat, gamma, G, sums):
@@ -495,7 +499,7 @@ def can_be_efficient(block: DenseBlock, after: list[nn.Module], x: torch.Tensor)
     block computes: the paper's modules, untouched, in training mode, on a plain tensor, seen by nobody else."""
     norm, layers = after[0], [*block]
     if (type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda") or is_transformed()
-            or nn_module._has_any_global_hook() or x.numel() == x.shape[1] or not layers):
+            or nn_module._has_any_global_hook() or x.numel() <= x.shape[1] or not layers):
         return False
     kind = type(layers[0])
     if kind not in (Bottleneck, SingleLayer) or any(type(layer) is not kind for layer in layers):

@@ -36,6 +36,7 @@ DOT_SECONDS = 120  # depth 250 takes 2
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe-Ito
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
 CENTRED = {"ha": "center", "va": "center"}
+STYLE = {"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}  # the salt: the same file from run to run
 TIMES = "\N{MULTIPLICATION SIGN}"
 FILL = {"Convolution": SAND, "EfficientBlock": SAND, "Cat": PALE_GREEN}
 NOTE = {"modules": "the blue line carries all channels so far: each layer reads them and adds its own",
@@ -260,7 +261,7 @@ def modules_graph(net: DenseNet) -> list[str]:
 # --- one block, in pixels ---------------------------------------------------------------------------------------
 
 def draw_stack(axes: Axes, i: int, channels: int, k: int) -> None:
-    """x_i: a sheet for each channel, from 12 k on for several."""
+    """x_i: a sheet for each channel, or for several where k is above 12."""
     sheets, middle = min(channels, 12 * channels // k), 110 + 300 * i
     step = 38 * channels / k / sheets
     for sheet in range(sheets):
@@ -315,13 +316,13 @@ def draw_block(net: DenseNet) -> Figure:
     kind = ", ".join(f"BN, ReLU, {n}{TIMES}{n} convolution" for n in ((1, 3) if net.arguments["bottleneck"] else (3,)))
     axes.text(58, 34, r"$x_\ell = H_\ell([x_0, x_1, \ldots, x_{\ell-1}])$", fontsize=18, va="center")
     axes.text(width - 48, 34, rf"$H_\ell$:  {kind};  growth rate $k = {k}$", color=GREY, ha="right", va="center",
-              fontsize=min(13.5, width / 90))
+              fontsize=min(13.5, width / 100))
     return figure
 
 
 def render(net: DenseNet, suffix: str) -> bytes:
     content = io.BytesIO()
-    with matplotlib.style.context({"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}, after_reset=True):
+    with matplotlib.style.context(STYLE, after_reset=True):
         draw_block(net).savefig(content, format=suffix, metadata={"Date": None} if suffix == "svg" else {})
     return content.getvalue()
 

@@ -299,7 +299,8 @@ def test_whatever_is_not_the_paper_s_block_takes_the_textbook_layers(change):
         net(x).sum().backward()
         assert paths(net) == ["textbook", "efficient", "efficient"]
     else:
-        assert not densenet.can_be_efficient(net.dense1, [net.trans1.bn1, net.trans1, net.trans1.conv1], torch.randn(2, 8, 16, 16))
+        after = [net.trans1.bn1, net.trans1, net.trans1.conv1]
+        assert not densenet.can_be_efficient(net.dense1, after, torch.randn(2, 8, 16, 16))
 
 
 def test_evaluation_and_global_hooks_take_the_textbook_layers():

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import pytest
 import torch.nn as nn
@@ -177,7 +178,8 @@ def test_block_writes_a_picture_in_colour(tmp_path, no_dot):
 @pytest.mark.parametrize("layers, k", [(3, 12), (5, 4), (8, 4096)])
 def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
     flags = ["--graph", "block", "--layers", str(layers), "--growthRate", str(k)]
-    figure = make_graph.draw_block(make_graph.make_net(make_graph.get_args_parser().parse_args(flags)))
+    with matplotlib.style.context(make_graph.STYLE, after_reset=True):
+        figure = make_graph.draw_block(make_graph.make_net(make_graph.get_args_parser().parse_args(flags)))
     arcs = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)
             and patch.get_linewidth() == 2.6]
     assert len(arcs) == layers * (layers + 1) // 2
@@ -186,7 +188,8 @@ def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
     assert [t for t in texts if t.startswith("$H_{")] == [f"$H_{{{i}}}$" for i in range(1, layers)]
     reads = [2 * k + i * k for i in range(layers)]
     assert [t for t in texts if " → " in t] == [*(f"{c} → {k}" for c in reads[:-1]), f"{reads[-1]} → {reads[-1] // 2}"]
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    with matplotlib.style.context(make_graph.STYLE, after_reset=True):
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(figure.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and box.y0 > 0 for box in boxes)
 

@@ -173,7 +173,7 @@ def draw(results: dict[str, dict], path: str) -> None:
     figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, r in results.items():
         ours = name.startswith("ours e") or name.startswith("ours m")
-        ax.plot(r["median"], r["kept"] / MIB, "o" if ours else "s", color="#0072B2" if ours else "#777777", markersize=8)
+        ax.plot(r["median"], r["kept"] / MIB, "o" if ours else "s", color="#0072B2" if ours else "#777777")
         ax.annotate(name, (r["median"], r["kept"] / MIB), xytext=(7, 4), textcoords="offset points", fontsize=8)
     ax.set(xlabel="seconds a training step", ylabel="MiB kept for backward", xlim=(0, None), ylim=(0, None))
     ax.margins(x=0.3)
@@ -189,7 +189,8 @@ def draw_depths(table: dict[int, dict], path: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     depths = list(table)
-    for ax, key, label, unit in ((axes[0], "kept", "MiB kept for backward", MIB), (axes[1], "median", "seconds a step", 1)):
+    panels = (("kept", "MiB kept for backward", MIB), ("median", "seconds a step", 1))
+    for ax, (key, label, unit) in zip(axes, panels, strict=True):
         for name, color in (("ours textbook", "#777777"), ("ours efficient", "#0072B2"), ("ours max", "#D55E00")):
             ax.plot(depths, [table[d][name][key] / unit for d in depths], "o-", color=color, label=name)
         ax.set(xlabel="depth L (k = 12)", ylabel=label, ylim=(0, None), xticks=depths)
@@ -212,13 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    print(f"DenseNet-BC k={args.growthRate}, batch {args.batchSz}, float32, torch {torch.__version__}, {args.device}{threads}")
+    print(f"DenseNet-BC k={args.growthRate}, batch {args.batchSz}, float32, torch {torch.__version__}, {args.device}"
+          f"{threads}")
     if args.depths:
         table = {}
-        for args.depth in args.depths:
-            print(f"\nL={args.depth}", end="")
-            table[args.depth] = measure(["ours textbook", "ours efficient", "ours max"], args)
-            print_table(table[args.depth], args.batchSz)
+        for depth in args.depths:
+            print(f"\nL={depth}", end="")
+            args.depth = depth
+            table[depth] = measure(["ours textbook", "ours efficient", "ours max"], args)
+            print_table(table[depth], args.batchSz)
     else:
         table = {}
         for names in [args.only] if args.only else GROUPS:

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Kills training at random moments, repeats the same command until it ends, and compares with the uninterrupted run.
+
+    tests/benchmarks/kill.py --n 50
+
+A line for each run and a summary; exit status 0 if every tensor of latest.pth and every byte of the CSVs is the same
+in all of them, 1 otherwise. Half of the runs write slowly, so that many of the kills come in the middle of a save.
+"""
+
+import argparse
+import io
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import torch  # noqa: E402
+from common import SAMPLE, SMALL, cut_sample, differences  # noqa: E402
+
+import runs  # noqa: E402
+import train  # noqa: E402
+
+
+def slow_writes(seconds: float) -> None:
+    """Makes a checkpoint's write come in pieces, and each step of a save take its time."""
+    def slowed(function):
+        def call(*args, **kwargs):
+            time.sleep(seconds)
+            result = function(*args, **kwargs)
+            time.sleep(seconds)
+            return result
+        return call
+
+    def save_in_pieces(checkpoint, file):
+        whole = io.BytesIO()
+        save(checkpoint, whole)
+        for piece in (whole.getvalue()[:9_000], whole.getvalue()[9_000:]):
+            file.write(piece)
+            file.flush()
+            time.sleep(seconds)
+
+    save, torch.save = torch.save, save_in_pieces
+    for name in ("fsync", "replace", "link", "ftruncate"):
+        setattr(runs.os, name, slowed(getattr(os, name)))
+
+
+def start(argv: list[str], slow: float, log: Path) -> int:
+    """train.py with these flags, in a fork that has imported torch already (3 seconds) but not used it; -> its pid"""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        if slow:
+            slow_writes(slow)
+        status = train.main(argv)
+    finally:
+        os._exit(status)
+
+
+def is_saving(run: Path) -> bool:
+    return any(runs.is_temporary(p.name) for p in run.iterdir()) if run.is_dir() else False
+
+
+def run_killed(argv: list[str], save: Path, kills: int, longest: float, slow: float, draw: random.Random) -> list[str]:
+    """-> for each kill, the last epoch that was saved, and "saving" if a file was being written; "ended" if too late"""
+    told = []
+    command = [*argv, "--resume", "--save", str(save)]
+    for session in range(kills + 1):
+        pid = start(command, slow, save.with_suffix(".log"))
+        if session < kills:
+            time.sleep(draw.uniform(0, longest))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == 0:
+            return told + ["ended"] * (session < kills)
+        if status != -signal.SIGKILL:
+            raise SystemExit(f"exit status {status}: {save.with_suffix('.log').read_text()}")
+        rows = (save / "test.csv").read_bytes().count(b"\n") - 1 if (save / "test.csv").exists() else 0
+        told.append(f"{max(rows, 0)}{' saving' if is_saving(save) else ''}")
+    return told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=50, help="runs (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=3, help="kills a run (default: %(default)s)")
+    parser.add_argument("--nEpochs", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=1000, help="of the sample's 1,000 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    same = kills = in_save = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        images = str(SAMPLE) if args.images == 1000 else cut_sample(root / "images", args.images)
+        argv = ["--data", images, *SMALL, "--dropRate", "0.1", "--nEpochs", str(args.nEpochs)]
+        start_time = time.perf_counter()
+        run_killed(argv, root / "whole", 0, 0, 0, draw)
+        took = time.perf_counter() - start_time
+        print(f"uninterrupted: {took:.1f} s; each run is killed {args.kills} times", flush=True)
+        for i in range(1, args.n + 1):
+            save, slow = root / f"run{i}", 0.03 if i % 2 else 0.0
+            told = run_killed(argv, save, args.kills, took * 0.7 + slow * 12 * args.nEpochs, slow, draw)
+            different = differences(root / "whole", save)
+            same += not different
+            kills += sum(t != "ended" for t in told)
+            in_save += sum("saving" in t for t in told)
+            print(f"run {i}: killed after epoch {', '.join(told)}: "
+                  f"{'different: ' + ' '.join(different[:5]) if different else 'identical'}", flush=True)
+    print(f"{same} of {args.n} identical, after {kills} kills, {in_save} of them in the middle of a write")
+    return 0 if same == args.n else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

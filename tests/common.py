@@ -1,0 +1,44 @@
+"""What the tests of training share: a small data set, a small network, and how two runs are compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLE = Path(__file__).resolve().parent / "cifar10-sample"
+RECORD = 3073  # bytes: label and 32x32x3 pixels
+SMALL = ["--depth", "10", "--growthRate", "4", "--batchSz", "32", "--no-plot"]
+
+
+def cut_sample(folder: Path, train: int = 80, test: int = 40) -> str:
+    """The first images of the built-in sample as a data set of its own; 80 are three steps of 32 or less."""
+    folder.mkdir(parents=True)
+    for name, n in (("data_batch_1.bin", train), ("test_batch.bin", test)):
+        (folder / name).write_bytes((SAMPLE / name).read_bytes()[:n * RECORD])
+    return str(folder)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What is not the same in two run directories: any byte of the CSVs, any value of latest.pth and run.json."""
+    different = [name for name in ("train.csv", "test.csv") if (a / name).read_bytes() != (b / name).read_bytes()]
+    for name, read in (("latest.pth", lambda p: torch.load(p, weights_only=True)),
+                       ("run.json", lambda p: json.loads(p.read_text()))):
+        values = [flat(read(run / name)) for run in (a, b)]
+        different += [f"{name}{key}" for key in sorted(values[0].keys() | values[1].keys())
+                      if key != "/flags/save" and values[0].get(key) != values[1].get(key)]
+    return different
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested dicts and lists -> one dict; of a tensor its type, shape and bytes."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, child in items for k, v in flat(child, f"{key}/{name}").items()}
+    if isinstance(value, torch.Tensor):
+        value = (str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes())
+    return {key: value}
