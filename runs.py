@@ -1,4 +1,4 @@
-"""A run's directory (lock, CSVs, run.json, checkpoints), and what goes on beside its training: signals and figures.
+"""A run's directory (lock, CSVs, run.json, checkpoints), and what surrounds it: machine, signals, figures.
 
 Whatever moment the process dies at, what was saved before stays valid and ``--resume`` continues there: a checkpoint
 holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+import torchvision
 
 from densenet import read_checkpoint
 
@@ -35,11 +38,12 @@ class RunError(ValueError):
 
 
 class Run:
-    """A run directory. Nothing in it changes before ``begin``, but for the lock."""
+    """A run directory: ``check`` and ``lock``, ``read``, ``begin``, then ``add`` and ``save``."""
 
     def __init__(self, path: str):
         self.path = Path(path)
         self.csvs: dict[str, BinaryIO] = {}
+        self.holds_run = False
         self.lock_handle: int | None = None
         self.keep_previous = True  # latest.pth is worth keeping as previous.pth
 
@@ -72,21 +76,21 @@ class Run:
         found = {p.name: p for p in self.path.iterdir() if not is_temporary(p.name)}
         foreign = sorted(name for name, p in found.items() if not p.is_file() or name not in FILES
                          or (name in CSVS and not is_log(p)))
-        is_run = bool(found.keys() & {"run.json", *CSVS} - set(foreign))
-        if not is_run and (others := sorted(found.keys() - {LOCK})):
+        self.holds_run = bool(found.keys() & {"run.json", *CSVS} - set(foreign))
+        if not self.holds_run and (others := sorted(found.keys() - {LOCK})):
             raise RunError(f"--save {self.path} is no run but holds other files ({others[0]}); name a new directory")
         if in_the_way := [name for name in foreign if overwrite or name in FILES]:
             raise RunError(f"--save {self.path} holds {in_the_way[0]}, which is not a run's; move it, or name a new "
                            "directory")
-        if is_run and not resume and not overwrite:
+        if self.holds_run and not resume and not overwrite:
             raise RunError(f"--save {self.path} holds a run; --resume continues it, --overwrite replaces it")
-        return is_run
+        return self.holds_run
 
     def lock(self) -> None:
         """Makes the directory if need be and keeps other processes out until the end; again is no harm.
 
         Raises:
-            RunError: if another process has it.
+            RunError: if another process has it, or has begun a run there since ``check``.
         """
         if self.lock_handle is not None:
             return
@@ -104,6 +108,8 @@ class Run:
         self.lock_handle = handle
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        if not self.holds_run:
+            self.check(resume=False, overwrite=False)
 
     def read(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """-> what run.json tells of the run (or the checkpoint, where run.json is lost), and the newest sound
@@ -167,12 +173,8 @@ class Run:
         """Opens the run for training: the CSVs cut to ``lengths`` bytes (new ones get their header), run.json.
 
         Raises:
-            RunError: if another process has the directory, or has had it since ``check``.
             OSError: naming the file that cannot be written.
         """
-        if self.lock_handle is None:
-            self.lock()
-            self.check(resume=False, overwrite=False)  # another process may have been faster
         for name in os.listdir(self.path):
             if is_temporary(name):  # left by a process that was killed while it wrote
                 (self.path / name).unlink(missing_ok=True)
@@ -297,7 +299,27 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-# --- beside the training ----------------------------------------------------------------------------------------
+# --- around the training ----------------------------------------------------------------------------------------
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run's last bits depend on, besides its flags."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return {"device": name, "threads": torch.get_num_threads(),
+            "cpuCapability": torch.backends.cpu.get_cpu_capability(),
+            "precision": f"float32, products {torch.get_float32_matmul_precision()}",
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__), "numpy": np.__version__,
+            "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None}
+
+
+def restore_environment(saved: dict[str, Any], device: torch.device) -> None:
+    """Sets the run's thread count, and warns of each other difference."""
+    if isinstance(saved.get("threads"), int) and saved["threads"] > 0:
+        torch.set_num_threads(saved["threads"])
+    for name, value in environment(device).items():
+        if value != saved.get(name):
+            warn(f"{name} is {value}, the run had {saved.get(name)}: it continues, but not to the same last bits")
+
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM or Ctrl-C came."""

@@ -13,7 +13,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import math
 import os
-import platform
 import shlex
 import sys
 import time
@@ -23,17 +22,17 @@ import numpy as np
 import setproctitle
 import torch
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
 import data
 import densenet
-from runs import Plotter, Run, RunError, Signals, Stopped, warn
+from runs import Plotter, Run, RunError, Signals, Stopped, environment, restore_environment
 
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
 EFFICIENT = {"yes": True, "no": False, "max": "max"}
 EVALUATION_BATCH = 250  # images; without gradients they take little memory
-OF_THE_COMMAND = ("save", "no_plot", "resume", "overwrite", "evaluate")  # never taken from a saved run
+PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
+OF_THE_COMMAND = ("save", "no_plot", *PER_SESSION)  # never taken from a saved run
 MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
 
 
@@ -44,25 +43,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def whole(minimum: int, maximum: int):
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid are whole numbers from {minimum} to {maximum}")
-        return value
-    return parse
+def number(kind: type, minimum: float, maximum: float, valid: str = ""):
+    """A flag's type: numbers of this kind between these, both included."""
+    valid = valid or f"{'a whole number ' if kind is int else ''}from {minimum} to {maximum}"
 
-
-def real(valid: str, is_valid):
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan  # which no comparison takes
-        if not is_valid(value):
+        if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
         return value
     return parse
@@ -85,43 +75,42 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="no random crop (4 pixels of padding) and no random flip of training images")
 
     group = parser.add_argument_group("network (default: DenseNet-BC, L=100, k=12: 769,162 parameters)")
-    group.add_argument("--growthRate", metavar="K", type=whole(1, 4096), default=12,
+    group.add_argument("--growthRate", metavar="K", type=number(int, 1, 4096), default=12,
                        help="k, the channels that each layer adds (default: %(default)s)")
-    group.add_argument("--depth", metavar="L", type=whole(1, 4096), default=100,
+    group.add_argument("--depth", metavar="L", type=number(int, 1, 4096), default=100,
                        help="layers: 6n + 4 with bottleneck, 3n + 4 without (default: %(default)s)")
-    group.add_argument("--reduction", metavar="R", type=real("above 0 and at most 1", lambda r: 0 < r <= 1),
-                       default=0.5,
+    group.add_argument("--reduction", metavar="R", default=0.5,
+                       type=number(float, math.nextafter(0, 1), 1, "above 0 and at most 1"),
                        help="share of the channels that a transition keeps (default: %(default)s)")
     group.add_argument("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
-    group.add_argument("--dropRate", metavar="P", type=real("from 0 to below 1", lambda p: 0 <= p < 1),
-                       default=0.0,
+    group.add_argument("--dropRate", metavar="P", default=0.0,
+                       type=number(float, 0, math.nextafter(1, 0), "from 0 to below 1"),
                        help="dropout after every convolution but the first; the paper: 0.2 with --no-augment "
                             "(default: %(default)s)")
-    group.add_argument("--initChannels", metavar="C", type=whole(1, 65536), default=None,
+    group.add_argument("--initChannels", metavar="C", type=number(int, 1, 65536), default=None,
                        help="channels of the first convolution (default: 2k)")
     group.add_argument("--efficient", choices=tuple(EFFICIENT), default="yes",
                        help="the dense block in training. yes: memory linear in depth; max: less again, a little "
                             "slower; no: the textbook's (default: %(default)s)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batchSz", metavar="N", type=whole(1, 10**6), default=64,
+    group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
                        help="images a step (default: %(default)s)")
-    group.add_argument("--nEpochs", metavar="N", type=whole(1, 10**6), default=300, help="default: %(default)s")
+    group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=300, help="default: %(default)s")
     group.add_argument("--opt", choices=tuple(LEARNING_RATE), default="sgd",
                        help="sgd: momentum 0.9, the rate falls to a tenth at 1/2 and a hundredth at 3/4 of the epochs; "
                             "adam, rmsprop: constant rate (default: %(default)s)")
-    group.add_argument("--lr", metavar="R", type=real("from 1e-12 to 1e6", lambda r: 1e-12 <= r <= 1e6),
-                       default=None,
+    group.add_argument("--lr", metavar="R", type=number(float, 1e-12, 1e6), default=None,
                        help="learning rate at the start (default: " +
                             ", ".join(f"{opt} {rate:g}" for opt, rate in LEARNING_RATE.items()) + ")")
-    group.add_argument("--weightDecay", metavar="D", type=real("from 0 to 1e6", lambda d: 0 <= d <= 1e6),
-                       default=1e-4,
+    group.add_argument("--weightDecay", metavar="D", type=number(float, 0, 1e6), default=1e-4,
                        help="L2 penalty on all parameters (default: %(default)s)")
     group.add_argument("--no-nesterov", action="store_true", help="plain momentum with --opt sgd")
-    group.add_argument("--seed", metavar="S", type=whole(0, 2**32 - 1), default=1, help="default: %(default)s")
+    group.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1, help="default: %(default)s")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save", metavar="DIR", type=path, default=None, help="run directory (default: work/<dataset>.base)")
+    group.add_argument("--save", metavar="DIR", type=path, default=None,
+                       help="run directory (default: work/<dataset>.base)")
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --save, with its flags, or start it; can be repeated until it ends")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --save")
@@ -179,8 +168,7 @@ def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argpars
     for name, value in given.items():
         of_run = getattr(saved, name)
         if name == "nEpochs" and value < of_run:
-            raise RunError(f"--nEpochs {value} is less than the {of_run} of the run in {args.save}; valid with --resume "
-                           "is that or more")
+            raise RunError(f"--nEpochs {value} is less than the run in {args.save} has; valid are {of_run} or more")
         if name not in ("nEpochs", *MAY_CHANGE) and value != of_run:
             raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
                            f"{flag(name, of_run) or 'not set it'}; leave it out to continue that run, or name another "
@@ -204,7 +192,7 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     if torch.backends.mps.is_available():
         valid.append("mps")
     if args.device not in valid:
-        raise ValueError(f"--device {args.device} does not exist here; valid are {', '.join(valid)}")
+        raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
@@ -218,14 +206,6 @@ def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
     if opt != "sgd":
         return lr
     return lr / 100 if 4 * (epoch - 1) >= 3 * nEpochs else lr / 10 if 2 * (epoch - 1) >= nEpochs else lr
-
-
-def make_optimizer(args: argparse.Namespace, net: torch.nn.Module) -> torch.optim.Optimizer:
-    if args.opt == "sgd":
-        return torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weightDecay,
-                               nesterov=not args.no_nesterov)
-    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
-    return kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay)
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -243,8 +223,27 @@ def check_network(args: argparse.Namespace, device: torch.device) -> None:
     available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
                  else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > available:
-        raise ValueError(f"a step of --depth {args.depth} --growthRate {args.growthRate} --batchSz {args.batchSz} takes "
-                         f"more than {needed / 1e9:.0f} GB of memory; {device} has {available / 1e9:.0f} GB")
+        raise ValueError(f"a step of this network with --batchSz {args.batchSz} needs {needed / 1e9:.0f} GB of memory "
+                         f"at least; {device} has {available / 1e9:.0f} GB")
+
+
+def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, device: torch.device,
+                           checkpoint: dict[str, Any] | None) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
+    """New from --seed, or as the checkpoint has them."""
+    torch.manual_seed(args.seed)  # before anything is drawn; on the CPU, so alike for every device
+    net = densenet.DenseNet(nClasses=len(images.classes), inChannels=images.images.shape[1], **network_arguments(args))
+    net.to(device)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
+    momentum = dict(momentum=0.9, nesterov=not args.no_nesterov) if args.opt == "sgd" else {}
+    optimizer = kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **momentum)
+    if checkpoint:
+        try:
+            net.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(f"the checkpoint in {args.save} does not fit its own flags: its weights are those of "
+                           "another network") from error
+    return net, optimizer
 
 
 def count(net: torch.nn.Module) -> int:
@@ -261,11 +260,12 @@ def train_step(net, optimizer, images: torch.Tensor, labels: torch.Tensor) -> to
     return torch.stack((loss.detach(), (output.detach().argmax(1) != labels).float().mean() * 100))
 
 
-def train_epoch(net, optimizer, batches: data.Batches, args, epoch: int, run: Run, signals: "Signals") -> list[float]:
-    """-> the epoch's mean loss and error; a row an iteration goes to train.csv.
+def train_epoch(net, optimizer, batches: data.Batches, args, epoch: int, run: Run, signals: Signals) -> list[float]:
+    """-> the epoch's mean loss and error in percent; a row an iteration goes to train.csv.
 
     Raises:
-        Diverged: if a loss is not finite; nothing of the epoch is saved then.
+        FloatingPointError: if a loss is not finite.
+        Stopped: at the end of the step in which a signal came.
     """
     net.train()
     torch.manual_seed(data.epoch_seed(args.seed, epoch))  # for dropout
@@ -273,33 +273,41 @@ def train_epoch(net, optimizer, batches: data.Batches, args, epoch: int, run: Ru
     stream = batches.plain(args.batchSz, random.order) if args.no_augment else batches.augmented(random, args.batchSz)
     n = math.ceil(batches.n / args.batchSz)
     read_every = 1 if batches.device.type == "cpu" else math.ceil(n / 8)  # a read waits for the GPU
-    pending, total = [], np.zeros(2)
+    pending, sizes, total = [], [], np.zeros(2)
     with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False, disable=None) as bar:
-        for i, (images, labels) in enumerate(stream):
+        for i, (images, labels) in enumerate(stream, 1):
             pending.append(train_step(net, optimizer, images, labels))
+            sizes.append(len(labels))
             signals.check()
             bar.update()
-            if len(pending) < read_every and i < n - 1:
-                continue
-            first = i + 1 - len(pending)
-            rows = [(epoch - 1 + j / n, *row) for j, row in enumerate(torch.stack(pending).tolist(), first)]
-            for j, (_, loss, _) in enumerate(rows, first + 1):
-                if not math.isfinite(loss):
-                    raise Diverged(f"the loss is {loss} in epoch {epoch}, iteration {j}")
-            run.add("train.csv", rows)
-            sizes = np.minimum(args.batchSz, batches.n - np.arange(first, i + 1) * args.batchSz)
-            total += (np.array(rows)[:, 1:] * sizes[:, None]).sum(0)
-            bar.set_postfix(rate=f"{optimizer.param_groups[0]['lr']:g}", loss=f"{rows[-1][1]:.3f}",
-                            error=f"{rows[-1][2]:.1f}%", refresh=False)
-            pending = []
+            if len(pending) == read_every or i == n:
+                values = torch.stack(pending).tolist()
+                check_finite(values, epoch, i - len(values) + 1)
+                run.add("train.csv", [(epoch - 1 + j / n, *v) for j, v in enumerate(values, i - len(values))])
+                total += np.array(sizes) @ np.array(values)
+                bar.set_postfix(rate=f"{optimizer.param_groups[0]['lr']:g}", loss=f"{values[-1][0]:.3f}",
+                                error=f"{values[-1][1]:.1f}%", refresh=False)
+                pending, sizes = [], []
     return (total / batches.n).tolist()
 
 
+def check_finite(values: list[list[float]], epoch: int, iteration: int) -> None:
+    for i, (loss, _) in enumerate(values, iteration):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, iteration {i}; {last_good(epoch)}")
+
+
+def last_good(epoch: int) -> str:
+    kept = f"latest.pth is that of epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
+    return f"{kept}, a new run with a lower --lr may go well"
+
+
 @torch.no_grad()
-def evaluate(net, batches: data.Batches, signals: "Signals") -> list[float]:
+def evaluate(net, batches: data.Batches, signals: Signals) -> list[float]:
     """-> mean loss and error in percent over all images"""
     net.eval()
-    total = torch.zeros(2, dtype=torch.float64 if batches.device.type != "mps" else None, device=batches.device)
+    total = torch.zeros(2, dtype=torch.float32 if batches.device.type == "mps" else torch.float64,
+                        device=batches.device)
     for images, labels in batches.plain(EVALUATION_BATCH):
         output = net(images)
         total[0] += F.nll_loss(output, labels, reduction="sum")
@@ -310,185 +318,172 @@ def evaluate(net, batches: data.Batches, signals: "Signals") -> list[float]:
 
 # --- the run ----------------------------------------------------------------------------------------------------
 
-class Signals:
-    """SIGTERM and Ctrl-C let the step under way finish; a second one stops at once."""
+def find_saved(run: Run, args: argparse.Namespace, given: dict[str, Any]):
+    """-> the flags to train with; what run.json tells of the run to resume and its checkpoint, or None for each
 
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def note(self, signum, _frame):
-        self.received = signum
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
-
-    def check(self):
-        if self.received is not None:
-            raise Stopped
+    Raises:
+        RunError: if the directory does not fit what the user asked for.
+    """
+    if not run.check(args.resume, args.overwrite):
+        return args, None, None
+    run.lock()
+    about, checkpoint = run.read() if args.resume else (None, None)
+    if about is None:
+        return args, None, None
+    saved = saved_args(about, args.save)  # newer than the checkpoint's, if nEpochs has grown since that
+    if checkpoint:
+        for name, value in vars(saved_args(checkpoint, args.save)).items():
+            if name not in ("nEpochs", *MAY_CHANGE) and value != getattr(saved, name):
+                raise RunError(f"the checkpoint in {args.save} is another run's: {name} is {value} there, and "
+                               f"{getattr(saved, name)} in run.json")
+    return resumed_args(args, given, saved), about, checkpoint
 
 
-class Plotter:
-    """plot.py in the background, one at a time."""
+def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, device: torch.device, net: densenet.DenseNet,
+                 trainSet: data.ImageSet, testSet: data.ImageSet) -> dict[str, Any]:
+    """What run.json tells, and every checkpoint; of a saved run, but for the flags, as it was.
 
-    def __init__(self, args: argparse.Namespace):
-        self.command = [sys.executable, str(Path(__file__).resolve().with_name("plot.py")), args.save]
-        self.process: subprocess.Popen | None = None
-        self.enabled = not args.no_plot
-
-    def start(self, wait: bool = False) -> None:
-        if self.process is not None and (wait or self.process.poll() is not None):
-            self.finish()
-        if self.enabled and self.process is None:
-            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                            start_new_session=True)  # Ctrl-C is for the training
-        if wait and self.process is not None:
-            self.finish()
-
-    def finish(self) -> None:
-        _, stderr = self.process.communicate()
-        if self.process.returncode and self.enabled:
-            reason = (stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-            warn(f"plot.py failed, so no figures ({reason}); training goes on")
-            self.enabled = False
-        self.process = None
+    Raises:
+        RunError: if these are not the images of the saved run.
+    """
+    mean, std = data.mean_and_std(trainSet.images)
+    about = {"format": 1, "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},
+             "scheduleEpochs": args.nEpochs, "environment": environment(device), "arguments": net.arguments,
+             "parameters": count(net), "mean": mean, "std": std, "classes": trainSet.classes,
+             "trainImages": len(trainSet.images), "testImages": len(testSet.images)}
+    if saved is None:
+        return about
+    same = [about[name] == saved.get(name) for name in ("classes", "trainImages", "testImages")]
+    if not all(same) or not np.allclose(mean + std, saved["mean"] + saved["std"], rtol=0, atol=1e-9):
+        raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
+    return about | {name: saved[name] for name in ("scheduleEpochs", "environment", "mean", "std")}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's exact numbers depend on, besides its flags."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    return {"device": name, "threads": torch.get_num_threads(), "cpuCapability": torch.backends.cpu.get_cpu_capability(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__), "numpy": np.__version__}
+def fit(args: argparse.Namespace, saved: dict[str, Any] | None, checkpoint: dict[str, Any] | None, run: Run,
+        plotter: Plotter, signals: Signals) -> dict[str, Any]:
+    """Trains from the checkpoint to the last epoch; -> its number, its test result and the best one.
+
+    Whatever is refused is refused before ``signals.writing``.
+    """
+    device = pick_device(args)
+    if saved:
+        restore_environment(saved["environment"], device)
+    check_network(args, device)  # before a download
+    sets = data.load(args.dataset, args.data)
+    if args.batchSz > len(sets[0].images):
+        raise ValueError(f"--batchSz {args.batchSz} is more than the {len(sets[0].images)} training images")
+    net, optimizer = make_net_and_optimizer(args, sets[0], device, checkpoint)
+    about = describe_run(args, saved, device, net, *sets)
+    progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "test", "best")}
+
+    run.lock()
+    signals.writing = True
+    run.begin(about, checkpoint["csvLengths"] if checkpoint else {}, args.overwrite)
+    setproctitle.setproctitle(f"train.py {args.save}")
+    print(f"{args.save}: L={args.depth} k={args.growthRate}, {count(net):,} parameters, "
+          f"{about['environment']['device']}, {about['trainImages']:,} training and {about['testImages']:,} test "
+          "images", flush=True)
+    trainBatches, testBatches = (data.Batches(s, about["mean"], about["std"], device) for s in sets)
+    for epoch in range((progress["epoch"] or 0) + 1, args.nEpochs + 1):
+        start = time.perf_counter()
+        rate = learning_rate(args.opt, args.lr, epoch, about["scheduleEpochs"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        trainLoss, trainError = train_epoch(net, optimizer, trainBatches, args, epoch, run, signals)
+        loss, error = evaluate(net, testBatches, signals)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the test loss is {loss} after epoch {epoch}; {last_good(epoch)}")
+        run.add("test.csv", [(epoch, loss, error)])
+        if epoch == 1 or error < progress["best"]["error"]:
+            progress["best"] = {"error": error, "epoch": epoch}
+        progress |= {"epoch": epoch, "test": {"loss": loss, "error": error}}
+        run.save(about | progress | {"model": net.state_dict(), "optimizer": optimizer.state_dict()})
+        print(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  test "
+              f"loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s", flush=True)
+        plotter.start()
+        signals.check()
+    return progress
 
 
-def restore_environment(saved: dict[str, Any], device: torch.device) -> None:
-    torch.set_num_threads(saved["threads"])
-    for name, value in environment(device).items():
-        if value != saved[name]:
-            warn(f"{name} is {value}, the run had {saved[name]}: it continues, but not to the same last bits")
-
-
-def train(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    """The whole run; -> exit status. Whatever is refused is refused before anything is written."""
-    with Run(args.save) as run, Signals() as signals:
-        checkpoint = None
-        if run.check(args.resume, args.overwrite):
-            run.lock()
-            checkpoint = run.load() if args.resume else None
-            saved = checkpoint or (run.read_json() if args.resume else None)
-            if saved:
-                args = merge_saved(args, given, saved["flags"])
-        device = pick_device(args)
-        trainSet, testSet = data.load(args.dataset, args.data)
-        if args.batchSz > len(trainSet.images):
-            raise ValueError(f"--batchSz {args.batchSz} is more than the {len(trainSet.images)} training images")
-        if checkpoint and checkpoint["classes"] != trainSet.classes:
-            raise RunError(f"--data {args.data} has the classes {trainSet.classes}, the run {checkpoint['classes']}")
-        mean, std = (checkpoint["mean"], checkpoint["std"]) if checkpoint else data.mean_and_std(trainSet.images)
-        net = make_net(args, len(trainSet.classes), trainSet.images.shape[1]).to(device)
-        optimizer = make_optimizer(args, net)
-
-        run.lock()
-        if args.overwrite:
-            run.remove_files()
-        state = {"epoch": 0, "scheduleEpochs": args.nEpochs, "environment": environment(device), "best": None}
-        if checkpoint:
-            net.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            restore_environment(checkpoint["environment"], device)
-            state = {name: checkpoint[name] for name in ("epoch", "scheduleEpochs", "environment", "test", "best")}
-        state |= {"format": 1, "flags": flags_of_run(args), "arguments": net.arguments, "mean": mean, "std": std,
-                  "classes": trainSet.classes}
-        run.open_csvs(checkpoint["csvLengths"] if checkpoint else {})
-        run.write_json({**state, "parameters": sum(p.numel() for p in net.parameters()),
-                        "trainImages": len(trainSet.images), "testImages": len(testSet.images)})
-        setproctitle.setproctitle(f"train.py {args.save}")
-        print(f"{args.save}: {describe(net)} on {state['environment']['device']}, {len(trainSet.images)} training and "
-              f"{len(testSet.images)} test images", flush=True)
-
-        trainBatches, testBatches = (data.Batches(s, mean, std, device) for s in (trainSet, testSet))
-        plotter = Plotter(args)
+def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals) -> None:
+    """The whole run, or what is left of it."""
+    with Run(args.save) as run:
+        args, saved, checkpoint = find_saved(run, args, given)
+        plotter = Plotter(args.save, enabled=not args.no_plot)
+        is_done = checkpoint and checkpoint["epoch"] >= args.nEpochs
         try:
-            for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
-                start = time.perf_counter()
-                rate = learning_rate(args.opt, args.lr, epoch, state["scheduleEpochs"])
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                trainLoss, trainError = train_epoch(net, optimizer, trainBatches, args, epoch, run, signals)
-                testLoss, testError = evaluate(net, testBatches, signals)
-                if not math.isfinite(testLoss):
-                    raise Diverged(f"the test loss is {testLoss} after epoch {epoch}")
-                run.add("test.csv", [(epoch, testLoss, testError)])
-                state |= {"epoch": epoch, "test": {"loss": testLoss, "error": testError}}
-                if state["best"] is None or testError < state["best"]["error"]:
-                    state["best"] = {"error": testError, "epoch": epoch}
-                run.save({**state, "model": net.state_dict(), "optimizer": optimizer.state_dict()})
-                print(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  "
-                      f"test loss {testLoss:.4f} error {testError:.2f}%  {time.perf_counter() - start:.1f} s", flush=True)
-                plotter.start()
-                signals.check()
-        except Stopped:
-            name = signal.Signals(signals.received).name
-            print(f"train.py: stopped by {name}; ./train.py --save {args.save} --resume continues after epoch "
-                  f"{state['epoch']}", file=sys.stderr)
-            return 128 + signals.received
-        plotter.start(wait=True)
-        print(f"{args.save}: {state['epoch']} epochs, final test error {state['test']['error']:.2f}%, best "
-              f"{state['best']['error']:.2f}% (epoch {state['best']['epoch']}); CSVs, figures and latest.pth are there")
-        return 0
+            result = checkpoint if is_done else fit(args, saved, checkpoint, run, plotter, signals)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            raise MemoryError(f"the memory does not hold a step of --batchSz {args.batchSz}; a new run with a smaller "
+                              "one, or with --efficient max, needs less") from error
+        plotter.start()
+        plotter.finish()
+        print(f"final test error {result['test']['error']:.2f}%, best {result['best']['error']:.2f}% (epoch "
+              f"{result['best']['epoch']}) after {result['epoch']} epochs; everything is in {args.save}", flush=True)
 
 
-def flags_of_run(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in PER_SESSION}
-
-
-def describe(net: densenet.DenseNet) -> str:
-    a = net.arguments
-    kind = "DenseNet" + ("-B" * a["bottleneck"] + "C" * (a["reduction"] < 1)).replace("-BC", "-BC")
-    return (f"{kind} L={a['depth']} k={a['growthRate']}, {sum(p.numel() for p in net.parameters()):,} parameters")
-
-
-def evaluate_checkpoint(args: argparse.Namespace) -> int:
+def evaluate_checkpoint(args: argparse.Namespace, signals: Signals) -> None:
     device = pick_device(args)
     net = densenet.load(args.evaluate, device)
     _, testSet = data.load(args.dataset, args.data)
     if testSet.classes != net.classes:
         raise ValueError(f"--data {args.data} has the classes {testSet.classes}, the checkpoint {net.classes}")
     batches = data.Batches(testSet, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
-    with Signals() as signals:
-        loss, error = evaluate(net, batches, signals)
-    print(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
-    return 0
+    loss, error = evaluate(net, batches, signals)
+    print(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 refused before anything was written, 1 failed later, 128 + n stopped by signal n"""
-    try:
-        args, given = parse_args(argv)
-    except SystemExit as stop:  # argparse: 0 after --help, 2 after an error
-        return stop.code
-    try:
-        return evaluate_checkpoint(args) if args.evaluate else train(args, given)
-    except (ValueError, RunError) as error:
-        return fail(error, 2)
-    except (Diverged, OSError) as error:
-        return fail(error, 1)
-    except torch.OutOfMemoryError:
-        return fail(f"the GPU's memory does not hold a step of --batchSz {args.batchSz}; --efficient max or a smaller "
-                    "--batchSz needs less", 1)
+    with Signals() as signals:
+        try:
+            args, given = parse_args(argv)
+            if args.evaluate:
+                evaluate_checkpoint(args, signals)
+            else:
+                train(args, given, signals)
+            return 0
+        except SystemExit as stop:  # argparse's, after --help
+            return stop.code
+        except Stopped:
+            status, reason = 128 + signals.received, f"stopped by {signal.Signals(signals.received).name}"
+        except Exception as error:
+            status, reason = 1 if signals.writing else 2, f"error: {explain(error)}"
+            if isinstance(error, (FloatingPointError, MemoryError)):  # as it would go again
+                return complain(reason, status)
+        if signals.writing:
+            reason += f"; ./train.py --save {shlex.quote(args.save)} --resume continues from the last epoch saved"
+        return complain(reason, status)
 
 
-def fail(reason: Exception | str, status: int) -> int:
-    print(f"train.py: error: {reason}", file=sys.stderr, flush=True)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def explain(error: Exception) -> str:
+    """For what a user can cause or mend; anything else is a fault of the program and is raised again."""
+    if isinstance(error, (ValueError, FloatingPointError, MemoryError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, torch.AcceleratorError):
+        return str(error).splitlines()[0]
+    raise error
+
+
+def complain(reason: str, status: int) -> int:
+    print("train.py:", " ".join(reason.split()), file=sys.stderr, flush=True)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout, sys.stderr = (stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None if closed, as by 2>&-
+                              for stream in (sys.stdout, sys.stderr))
+    status = main()
+    try:
+        sys.stdout.flush()
+    except OSError:  # already told; or Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)

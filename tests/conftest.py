@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not keep a shared core from those that work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not keep a shared core from working ones
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -15,16 +15,17 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import torch  # noqa: E402
-from common import SAMPLE, SMALL, cut_sample, differences  # noqa: E402
+import torch
+from common import SAMPLE, SMALL, cut_sample, differences
 
-import runs  # noqa: E402
-import train  # noqa: E402
+import runs
+import train
 
 
 def slow_writes(seconds: float) -> None:
@@ -72,14 +73,30 @@ def is_saving(run: Path) -> bool:
     return any(runs.is_temporary(p.name) for p in run.iterdir()) if run.is_dir() else False
 
 
-def run_killed(argv: list[str], save: Path, kills: int, longest: float, slow: float, draw: random.Random) -> list[str]:
-    """-> for each kill, the last epoch that was saved, and "saving" if a file was being written; "ended" if too late"""
+def wait_until(reached: Callable[[], bool], pid: int) -> None:
+    """... or until the process has ended."""
+    while not reached() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+
+
+def run_killed(argv: list[str], save: Path, kills: int, size: int, slow: float, draw: random.Random) -> list[str]:
+    """Kills while it starts, at a random byte of train.csv, which has ``size`` in the end, or in the save after that.
+
+    -> for each kill the last epoch in test.csv, and "saving" if a file was being written; "ended" if it came too late
+    """
+    csv = save / "train.csv"
     told = []
     command = [*argv, "--resume", "--save", str(save)]
     for session in range(kills + 1):
         pid = start(command, slow, save.with_suffix(".log"))
         if session < kills:
-            time.sleep(draw.uniform(0, longest))
+            where = draw.choice(["start", "step", "step", *["save", "save"] * bool(slow)])
+            if where != "start":
+                byte = draw.randint(csv.stat().st_size if csv.exists() else 0, size)
+                wait_until(lambda byte=byte: csv.exists() and csv.stat().st_size >= byte, pid)
+            if where == "save":
+                wait_until(lambda: is_saving(save), pid)
+            time.sleep(draw.uniform(0, 8 * slow if where == "save" else 0.2))
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == 0:
@@ -97,21 +114,21 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3, help="kills a run (default: %(default)s)")
     parser.add_argument("--nEpochs", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=1000, help="of the sample's 1,000 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of a run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     draw = random.Random(args.seed)
     same = kills = in_save = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images = str(SAMPLE) if args.images == 1000 else cut_sample(root / "images", args.images)
         argv = ["--data", images, *SMALL, "--dropRate", "0.1", "--nEpochs", str(args.nEpochs)]
-        start_time = time.perf_counter()
         run_killed(argv, root / "whole", 0, 0, 0, draw)
-        took = time.perf_counter() - start_time
-        print(f"uninterrupted: {took:.1f} s; each run is killed {args.kills} times", flush=True)
+        size = (root / "whole/train.csv").stat().st_size
         for i in range(1, args.n + 1):
-            save, slow = root / f"run{i}", 0.03 if i % 2 else 0.0
-            told = run_killed(argv, save, args.kills, took * 0.7 + slow * 12 * args.nEpochs, slow, draw)
+            save, slow = root / f"run{i}", 0.03 * (i % 2)
+            told = run_killed(argv, save, args.kills, size, slow, draw)
             different = differences(root / "whole", save)
             same += not different
             kills += sum(t != "ended" for t in told)
