@@ -255,7 +255,7 @@ def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 # The efficient dense block
 # ----------------------------------------------------------------------------------------------------------------
 
-TILE = 8192  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then each call's own cost shows
+TILE = 16384  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then each call's own cost shows
 
 
 def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],

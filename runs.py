@@ -178,7 +178,7 @@ class Run:
         for name in os.listdir(self.path):
             if is_temporary(name):  # left by a process that was killed while it wrote
                 (self.path / name).unlink(missing_ok=True)
-        if overwrite:  # in an order that leaves a run to resume, or a new one, wherever this stops
+        if overwrite:  # run.json first: until the checkpoints go, --resume still has a run
             for name in ("run.json", *CHECKPOINTS, *FIGURES, *CSVS):
                 (self.path / name).unlink(missing_ok=True)
         if self.read_json() != about:
@@ -388,4 +388,9 @@ class Plotter:
 
 
 def warn(message: str) -> None:
-    print(f"train.py: warning: {message}", file=sys.stderr, flush=True)
+    tell(f"warning: {message}")
+
+
+def tell(message: str) -> None:
+    with contextlib.suppress(OSError):  # where not even this can be written, it must not stop a training
+        print("train.py:", message, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import densenet
-from runs import Plotter, Run, RunError, Signals, Stopped, environment, restore_environment
+from runs import Plotter, Run, RunError, Signals, Stopped, environment, restore_environment, tell
 
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
 EFFICIENT = {"yes": True, "no": False, "max": "max"}
@@ -474,7 +474,7 @@ def explain(error: Exception) -> str:
 
 
 def complain(reason: str, status: int) -> int:
-    print("train.py:", " ".join(reason.split()), file=sys.stderr, flush=True)
+    tell(" ".join(reason.split()))
     return status
 
 

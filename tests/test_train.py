@@ -208,7 +208,7 @@ def random_line(draw):
     sensible = {"--data": ["images", "images", "file", "nowhere"], "--growthRate": ["1", "4"], "--depth": ["10", "7"],
                 "--reduction": ["0.5", "1"], "--dropRate": ["0", "0.2"], "--initChannels": ["1", "8"],
                 "--batchSz": ["64", "79", "80"], "--nEpochs": ["1", "4"], "--opt": ["sgd", "adam", "rmsprop"],
-                "--lr": ["0.1", "1e6", "1e-12"], "--weightDecay": ["0", "1e6"], "--seed": ["0", "4294967295"],
+                "--lr": ["0.1", "1e6", "1e5", "1e-12"], "--weightDecay": ["0", "1e6"], "--seed": ["0", "4294967295"],
                 "--save": ["run", "run", "run/deeper", "other", "file", "new", ".", "images", "foreign"],
                 "--device": ["cpu", "cuda:7"], "--evaluate": ["run/latest.pth", "file", "other"],
                 "--dataset": ["cifar10"], "--efficient": ["yes", "no", "max"]}
@@ -221,7 +221,7 @@ def random_line(draw):
     line += draw.sample(SWITCHES, draw.choice([0, 0, 1, 2])) + ["--bogus", "stray"][:draw.choice([0] * 20 + [1, 2])]
     draw.shuffle(line) if draw.random() < 0.1 else None
     save = draw.choice(["run", f"new/{draw.random()}"])
-    return ["--data", "images", *SMALL, *["--nEpochs", "1"] * (draw.random() < 0.8), "--save", save, *line]
+    return ["--data", "images", *SMALL, "--nEpochs", "4" if save == "run" else "1", "--save", save, *line]
 
 
 def all_but_runs(somewhere, images):
@@ -254,7 +254,7 @@ def test_fuzz(somewhere, images, finished, capfd, monkeypatch):
         statuses.append(status)
         assert all_but_runs(somewhere, images) >= before, line
         assert "--overwrite" in line or files <= set(contents(somewhere / "run")), line
-    assert statuses.count(0) > 40 and statuses.count(1) > 2 and statuses.count(2) > 100  # it reaches all three
+    assert statuses.count(0) > 40 and 1 in statuses and statuses.count(2) > 100  # it reaches all three
 
 
 def test_ten_random_lines_through_the_shell(somewhere, images, finished):

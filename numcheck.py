@@ -1,0 +1,452 @@
+#!/usr/bin/env python3
+"""Compare every gradient with numerical differentiation: ./numcheck.py checks what really runs, in float64.
+
+Both layers with convolution and concatenation, the transition, the efficient block and a whole network with its loss.
+Prints a table; --plot draws error against step size. Exit status: 0 all agree, 1 one does not, 2 refused.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import matplotlib.style
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no display needed
+
+import densenet
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
+from make_graph import COLOURS, Parser, number, replace_file
+from plot import STYLE
+
+STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
+PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
+LIMIT = 1e-7  # of the gradient's norm: a right one comes to 1e-8 at most, the faults below to 1e-3 and more
+DIRECTIONS = 2  # random ones, for each layer of a whole network
+SHIFT = 0.05  # standard deviations: how far settle_kinks may move a batch norm's output
+NETWORK = {"growthRate": 12, "depth": 22, "reduction": 0.5, "no_bottleneck": False}
+
+FAULTS = {
+    "cat-grad": "one layer sends its gradient back to the parts of the concatenation in the wrong order",
+    "grad-scale": "the gradient of one layer's first convolution is scaled by 1.01",
+    "bn-no-mean": "batch norm's backward pass lacks its mean term",
+    "cat-order": "one layer reads the concatenation in the wrong order, forward and backward",
+    "stats-twice": "a batch norm's running statistics are updated twice a step",
+}
+WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others have right gradients, of a wrong function
+
+
+# --- flags ------------------------------------------------------------------------------------------------------
+
+def new_file(suffix: str):
+    """Refuses before the work is done what could not be written after it."""
+    def parse(text: str) -> Path:
+        if not text.isprintable() or not text.endswith(suffix) or Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is the path of a file{' that ends in ' + suffix}")
+        if not Path(text).parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid are paths in an existing directory")
+        return Path(text)
+    return parse
+
+
+def add_common_flags(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:
+    parser.add_argument("--inject", metavar="FAULT", choices=tuple(faults), default=None,
+                        help="put a known fault into what is checked, to see it caught; FAULT is " +
+                             ", ".join(f"{name} ({FAULTS[name]})" for name in faults))
+    parser.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
+                        help="of weights and images (default: %(default)s)")
+    group = parser.add_argument_group("network")
+    unset = {"default": argparse.SUPPRESS}  # NETWORK has the defaults: one can tell what was given
+    group.add_argument("--growthRate", metavar="K", type=number(int, 2, 64), **unset,
+                       help="k, the channels that each layer adds (default: 12)")
+    group.add_argument("--depth", metavar="L", type=number(int, 1, 250), **unset,
+                       help="layers: 6n + 4 with bottleneck, 3n + 4 without; the paper's 100 takes a few minutes "
+                            "(default: 22)")
+    group.add_argument("--reduction", metavar="R", type=number(float, 0, 1), **unset,
+                       help="share of the channels that a transition keeps, above 0 and at most 1 (default: 0.5)")
+    group.add_argument("--no-bottleneck", action="store_true", **unset, help="the original layer: one 3x3 convolution")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="numcheck.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
+                        help="draw error against step size: it falls with the square of the step, then rises as "
+                             "rounding takes over, if the check is sound")
+    add_common_flags(parser, WRONG_GRADIENTS)
+    return parser
+
+
+def make_net(args: argparse.Namespace, **more) -> DenseNet:
+    """Raises ValueError for geometry that no network can have."""
+    flags = NETWORK | vars(args)
+    torch.manual_seed(args.seed)
+    return DenseNet(flags["growthRate"], flags["depth"], flags["reduction"], bottleneck=not flags["no_bottleneck"],
+                    **more)
+
+
+def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
+    """In order of computation."""
+    return [(name, module) for name, module in net.named_modules()
+            if isinstance(module, (Bottleneck, SingleLayer, Transition)) or name in ("conv1", "bn1", "fc")]
+
+
+def describe(net: DenseNet) -> str:
+    a = net.arguments
+    letters = "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)
+    return f"DenseNet{'-' * bool(letters)}{letters} L={a['depth']} k={a['growthRate']}"
+
+
+# --- kinks ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
+    """Moves the batch norms' biases a little, so that no ReLU reads a value near zero; -> the least distance left.
+
+    At zero ReLU has no derivative. A value that the difference's step, or float32's rounding, carries across zero
+    changes the gradient by a jump, and both results are right: a difference of 1e-2 that would hide real errors.
+    So each channel is shifted, by at most SHIFT standard deviations, to the middle of the widest gap in its values.
+    """
+    distances = []
+
+    def shift(norm: nn.BatchNorm2d, _inputs, out: torch.Tensor) -> torch.Tensor:
+        values = out.transpose(0, 1).flatten(1)  # (C, N * H * W)
+        window = SHIFT * values.std(1, keepdim=True)
+        values = torch.cat((-window, values.clamp(-window, window), window), 1).sort(1).values
+        gap, at = values.diff(dim=1).max(1, keepdim=True)
+        middle = values.gather(1, at) + gap / 2
+        norm.bias -= middle.squeeze(1)
+        distances.append(gap.min().item() / 2)
+        return out - middle[:, :, None]
+
+    hooks = [m.register_forward_hook(shift) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return min(distances)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+def target_of(net: DenseNet) -> nn.Module:
+    """The layer of a network that a fault is put into."""
+    return net.dense2[len(net.dense2) // 2]
+
+
+@contextlib.contextmanager
+def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> Iterator[None]:
+    """A fault in a layer, or in how the efficient block works it. The layer does not recover: give it a copy."""
+    if fault == "grad-scale":
+        layer.conv1.weight.register_hook(lambda grad: 1.01 * grad)
+    elif fault and efficient:
+        with broken_block(fault, layer):
+            yield
+        return
+    elif fault:
+        break_layer(fault, layer)
+    yield
+
+
+def break_layer(fault: str, layer: nn.Module) -> None:
+    norm = getattr(layer, "bn2", layer.bn1)
+    forward, normalise = layer.forward, norm.forward
+    if fault == "bn-no-mean":
+        norm.forward = lambda x: batch_norm_without_mean(norm, x)
+    elif fault == "stats-twice":
+        norm.forward = lambda x: (normalise(x), normalise(x))[1]
+    elif isinstance(layer, (Bottleneck, SingleLayer)):  # a transition reads a concatenation, but makes none
+        layer.forward = lambda x: torch.cat((x, forward(misorder(fault, x, layer))[:, x.shape[1]:]), 1)
+
+
+def misorder(fault: str, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """The concatenation with its last part first, or unchanged with its gradient so."""
+    k = layer.conv1.out_channels if isinstance(layer, SingleLayer) else layer.conv2.out_channels
+    if fault == "cat-order":
+        return x.roll(k, 1)
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad.roll(k, 1))
+    return x
+
+
+def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        type(norm).forward(norm, x)  # for the running statistics
+    x = x - x.mean((0, 2, 3), keepdim=True).detach()
+    rstd = (x.square().mean((0, 2, 3), keepdim=True) + norm.eps).rsqrt()
+    return x * rstd * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def broken_block(fault: str, layer: nn.Module):
+    """A context in which the efficient block is faulty where it works ``layer``; bn-no-mean: in all layers."""
+    block, normalise_backward, update = (
+        densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics)
+
+    class Misordered(block):
+        @classmethod
+        def apply(cls, x, spec, *parameters):
+            if any(p is layer.conv1.weight for p in parameters):
+                if fault == "cat-grad":
+                    x = misorder(fault, x, layer)
+                else:  # channels in another order are the layer's own parameters in another order
+                    of_layer = [layer.bn1.weight, layer.bn1.bias, layer.conv1.weight]
+                    parameters = [p.roll(1, min(1, p.dim() - 1)) if any(p is q for q in of_layer) else p
+                                  for p in parameters]
+            return block.apply(x, spec, *parameters)
+
+    def without_mean(G, xhat, rstd, means):
+        return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(means[0]), means[1])))
+
+    def twice(norm, mean, var):
+        for _ in range(2 if norm is layer.bn1 else 1):
+            update(norm, mean, var)
+
+    return {"cat-order": patch.object(densenet, "EfficientBlock", Misordered),
+            "cat-grad": patch.object(densenet, "EfficientBlock", Misordered),
+            "bn-no-mean": patch.object(densenet, "normalise_backward", without_mean),
+            "stats-twice": patch.object(densenet, "update_running_statistics", twice)}[fault]
+
+
+# --- differences ------------------------------------------------------------------------------------------------
+
+class Group(NamedTuple):
+    """What is moved together: a tensor by one element at a time, or a layer's tensors in random directions."""
+    name: str
+    tensors: list[torch.Tensor]
+    directions: list[list[torch.Tensor]]
+
+
+class Case(NamedTuple):
+    name: str
+    loss: Callable[[], torch.Tensor]
+    groups: list[Group]  # in order of computation
+    fault: contextlib.AbstractContextManager
+
+
+class Result(NamedTuple):
+    group: str
+    nDirections: int
+    errors: dict[float, float]  # step -> the largest, relative to the gradient's norm
+
+    @property
+    def step(self) -> float:
+        return min(self.errors, key=self.errors.get)
+
+    @property
+    def error(self) -> float:
+        return self.errors[self.step]
+
+
+def elements(name: str, tensor: torch.Tensor) -> Group:
+    unit = torch.eye(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return Group(name, [tensor], [[row.view_as(tensor)] for row in unit])
+
+
+def random_directions(name: str, tensors: list[torch.Tensor], n: int = 2) -> Group:
+    return Group(name, tensors, [[torch.randn_like(t) for t in tensors] for _ in range(n)])
+
+
+@torch.no_grad()
+def slope(loss: Callable[[], torch.Tensor], tensors: list[torch.Tensor], direction: list[torch.Tensor],
+          step: float) -> float:
+    """The central difference (loss(t + step d) - loss(t - step d)) / 2 step"""
+    before = [t.clone() for t in tensors]
+    values = []
+    for signed in (step, -step):
+        for t, t0, d in zip(tensors, before, direction, strict=True):
+            t.copy_(t0 + signed * d)
+        values.append(loss().item())
+    for t, t0 in zip(tensors, before, strict=True):
+        t.copy_(t0)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def check_group(loss: Callable[[], torch.Tensor], group: Group, steps: Iterable[float], enough: float) -> Result:
+    """Errors for one step after the other, until one is small enough."""
+    grad = torch.autograd.grad(loss(), group.tensors)
+    norm = max(math.sqrt(sum(g.square().sum().item() for g in grad)), 1e-300)
+    exact = [sum((g * d).sum().item() for g, d in zip(grad, way, strict=True)) for way in group.directions]
+    errors = {}
+    for step in steps:
+        errors[step] = max(abs(slope(loss, group.tensors, way, step) - e) / norm
+                           for way, e in zip(group.directions, exact, strict=True))
+        if errors[step] <= enough:
+            break
+    return Result(group.name, len(group.directions), errors)
+
+
+def check(case: Case, plotted: bool) -> tuple[list[Result], dict[float, float]]:
+    """-> a result for each group, in the order in which the backward pass comes to them; then, if it is to be plotted,
+    step -> error in random directions of all tensors together"""
+    with case.fault:
+        results = [check_group(case.loss, group, STEPS, LIMIT) for group in reversed(case.groups)]
+        if not plotted:
+            return results, {}
+        everything = random_directions("all", [t for group in case.groups for t in group.tensors], n=4)
+        return results, check_group(case.loss, everything, PLOTTED_STEPS, enough=0).errors
+
+
+# --- what is checked --------------------------------------------------------------------------------------------
+
+def prepare(module: nn.Module, x: torch.Tensor, device: str) -> tuple[nn.Module, torch.Tensor]:
+    module, x = module.double().to(device), x.double().to(device)
+    settle_kinks(module, x)
+    return module, x.requires_grad_()
+
+
+def module_case(module: nn.Module, fault: str | None, device: str) -> Case:
+    """A layer or a transition, by every element of its input and parameters."""
+    module, x = prepare(module, torch.randn(2, module.bn1.num_features, 4, 4), device)
+    weights = torch.randn_like(module(x))
+    groups = [elements("input", x), *(elements(*item) for item in module.named_parameters())]
+    return Case(type(module).__name__, lambda: (module(x) * weights).sum(), groups, injected(fault, module))
+
+
+def block_case(layer: type, recompute: bool, fault: str | None, device: str) -> Case:
+    """The efficient block, with batch norm and pooling behind it, by every element of its input and parameters."""
+    block = DenseBlock(layer(3, 2), layer(5, 2))
+    both, x = prepare(nn.Sequential(block, nn.BatchNorm2d(7)), torch.randn(2, 3, 4, 4), device)
+    weights = torch.randn(2, 7, 2, 2, dtype=x.dtype, device=device)
+    groups = [elements("input", x), *(elements(f"layer {name}", p) for name, p in block.named_parameters()),
+              *(elements(f"last norm's {name}", p) for name, p in both[1].named_parameters())]
+    return Case(f"efficient block of {layer.__name__}" + ", max" * recompute,
+                lambda: (densenet.efficient_block(*both, x, (2, 2), recompute) * weights).sum(), groups,
+                injected(fault, block[1], efficient=True))
+
+
+def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -> Case:
+    """A whole network with its loss, layer by layer in random directions."""
+    net, x = prepare(make_net(args, efficient=efficient), torch.randn(4, 3, 8, 8), device)
+    labels = torch.randint(10, (4,), device=device)
+    path = {False: "textbook", True: "efficient", "max": "max"}[efficient]
+
+    def loss() -> torch.Tensor:
+        value = F.nll_loss(net(x), labels)
+        for name in ("dense1", "dense2", "dense3"):
+            if (ran := getattr(net, name).last_path) != path:
+                raise RuntimeError(f"{name} took the {ran} path instead of {path}: nothing is known of {path}")
+        return value
+
+    groups = [random_directions("input", [x]),
+              *(random_directions(name, [*module.parameters()]) for name, module in layers_of(net))]
+    return Case(f"network, {path}", loss, groups, injected(args.inject, target_of(net), bool(efficient)))
+
+
+def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
+    torch.manual_seed(args.seed)
+    for module in (SingleLayer(4, 2), Bottleneck(4, 2), Transition(4, 3)):
+        yield module_case(module, args.inject, device)
+    for layer, recompute in ((SingleLayer, False), (Bottleneck, False), (Bottleneck, True)):
+        yield block_case(layer, recompute, args.inject, device)
+    for efficient in (False, True, "max"):
+        yield network_case(args, efficient, device)
+
+
+def backends() -> Iterator[tuple[str, str, contextlib.AbstractContextManager]]:
+    """-> name, device, context. The fault that started it all, pytorch #708, was in cuDNN alone."""
+    yield "CPU", "cpu", contextlib.nullcontext()
+    if torch.cuda.is_available():
+        yield "CUDA, cuDNN on", "cuda", torch.backends.cudnn.flags(enabled=True)
+        yield "CUDA, cuDNN off", "cuda", torch.backends.cudnn.flags(enabled=False)
+    else:
+        print("\nskipped CUDA with cuDNN on and off: this machine has no GPU")
+
+
+# --- results ----------------------------------------------------------------------------------------------------
+
+def print_case(name: str, results: list[Result]) -> None:
+    worst = max(results, key=lambda r: r.error)
+    print(f"{name:36}{sum(r.nDirections for r in results):6}  {worst.error:7.1e}  {worst.step:5.0e}  "
+          f"{'ok' if worst.error <= LIMIT else 'DIFFERS':7}  {worst.group}", flush=True)
+
+
+def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, dict[float, float]]]:
+    """-> all results with their cases, printed; the curves of the figure"""
+    found, curves = [], {}
+    for backend, device, context in backends():
+        print(f"\n{backend:36}checks    error   step  verdict  largest in the gradient of")
+        with context:
+            for case in cases(args, device):
+                results, errors = check(case, plotted=bool(args.plot) and device == "cpu")
+                print_case(case.name, results)
+                found += [(case.name, result) for result in results]
+                curves.setdefault(case.name, errors)
+    return found, curves
+
+
+def verdict(found: list[tuple[str, Result]]) -> tuple[str, bool]:
+    """-> what to tell; whether all agree"""
+    for case, result in found:
+        if not result.error <= LIMIT:  # not a number, too
+            return (f"first difference: {case}, gradient of {result.group}: error {result.error:.1e}, "
+                    f"limit {LIMIT:.0e}"), False
+    return (f"all {sum(result.nDirections for _, result in found)} checks agree: the largest error is "
+            f"{max(result.error for _, result in found):.1e} of the gradient's norm, limit {LIMIT:.0e}"), True
+
+
+def draw(axes: Axes, title: str, curves: dict[str, dict[float, float]]) -> None:
+    axes.axhline(LIMIT, color="0.3", linewidth=0.9, linestyle="--")
+    axes.annotate("limit", (PLOTTED_STEPS[0], LIMIT), (0, 3), textcoords="offset points", fontsize=8.5, ha="right")
+    for (name, errors), colour, width in zip(curves.items(), COLOURS, (4, 2.4, 1), strict=False):  # one over another
+        axes.plot(errors.keys(), errors.values(), color=colour, label=name, linewidth=width, marker="o",
+                  markersize=1.3 * width)
+    for x, y, name in (((1e-10, 1e-7), (1e-9, 1e-12), "1 / step"), ((1e-5, 10**-3.5), (1e-13, 1e-10), "step²")):
+        axes.plot(x, y, color="0.6", linewidth=0.9)
+        axes.annotate(name, (x[1], y[1]), (3, -3), textcoords="offset points", color="0.4", fontsize=8.5)
+    axes.set(xscale="log", yscale="log", title=title, xlabel="Step", ylim=(3e-14, 30))
+    axes.legend(loc="upper left")
+
+
+def render(net: DenseNet, curves: dict[str, dict[float, float]]) -> bytes:
+    names, png = list(curves), io.BytesIO()
+    with matplotlib.style.context(STYLE | {"text.parse_math": True}, after_reset=True):
+        figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, i, title in zip(panels, (0, 3, 6), ("Layers", "Efficient block", describe(net)), strict=True):
+            draw(axes, title, {name.removeprefix("efficient block of ").removeprefix("network, "): curves[name]
+                               for name in names[i:i + 3]})
+        panels[0].set_ylabel("Error, relative to the gradient's norm")
+        figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def complain(error: Exception, status: int) -> int:
+    print("numcheck.py: error:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status"""
+    try:
+        args = get_args_parser().parse_args(argv)
+        net = make_net(args)
+    except ValueError as error:
+        return complain(error, 2)
+    print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}" +
+          f"; injected: {args.inject}" * bool(args.inject))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little work costs more to share out than to do
+    try:
+        found, curves = run(args)
+        print()
+        if args.plot:
+            replace_file(args.plot, render(net, curves))
+    except RuntimeError as error:
+        return complain(error, 1)
+    finally:
+        torch.set_num_threads(threads)
+    text, good = verdict(found)
+    print(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
