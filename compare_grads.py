@@ -166,10 +166,11 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
         ValueError, OSError: if they cannot be had.
     """
     trained = densenet.load(args.checkpoint) if args.checkpoint else None
-    net = numcheck.make_net(args, efficient=False)
     if trained:
         net = DenseNet(**trained.arguments | {"dropRate": 0.0}, efficient=False)  # no two would drop the same
         net.load_state_dict(trained.state_dict())
+    else:
+        net = numcheck.make_net(args, efficient=False)
     torch.manual_seed(args.seed)
     n, a = args.batchSz, net.arguments
     if not args.data:

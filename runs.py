@@ -146,9 +146,9 @@ class Run:
                 problem = problem or f"{path} is missing"
                 continue
             except ValueError as error:
-                if "is damaged" not in str(error):  # somebody else's: it must not be replaced
+                if "is not a checkpoint" in str(error):  # somebody else's: it must not be replaced
                     raise
-                problem = f"{error}"
+                problem = f"{path} is damaged"
                 continue
             if not has(checkpoint, ABOUT | PROGRESS):
                 raise RunError(f"{path} is not a checkpoint of a run: parts of it are missing")
