@@ -1,16 +1,18 @@
 """DenseNet-BC (Huang et al., "Densely Connected Convolutional Networks", CVPR 2017) in one importable file.
 
-    from densenet import DenseNet
+    from densenet import DenseNet, densenet121
     logProbabilities = DenseNet(growthRate=12, depth=100, reduction=0.5, nClasses=10)(images)
 
-The textbook network comes first. Below it stands the efficient dense block: the same function, trained in less
-memory and less time; ``efficient=False`` switches it off.
+The textbook network comes first, then ImageNet's networks by name and how weights are loaded. Below them stands the
+efficient dense block: the same function, trained in less memory and less time; ``efficient=False`` switches it off.
 """
 
 import math
 import os
 import pickle
+import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,16 +84,21 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 
 class DenseNet(nn.Module):
-    """DenseNet with three dense blocks for small images (paper, section 4); input (N, inChannels, H, W), H, W >= 4.
+    """DenseNet: for small images (paper, section 4.2) as in its table 2, or for ImageNet (table 1).
 
-    Returns the log-probabilities (N, nClasses); ``net.fc(net.features(x))`` are the logits.
+    Input is (N, inChannels, H, W). Returns the log-probabilities (N, nClasses); ``net.fc(net.features(x))`` are the
+    logits.
 
     Args:
         growthRate: k, the channels that each layer adds.
-        depth: L, the layers with weights outside of the classifier's pooling: 6n + 4 with bottleneck, 3n + 4 without.
+        depth: L, the layers with weights, in three equal blocks: 6n + 4 with bottleneck, 3n + 4 without; None is 100,
+            or what ``blockConfig`` makes.
         reduction: theta, the share of channels that a transition keeps, in (0, 1].
         nClasses: number of classes.
         bottleneck: True is the paper's B (1x1 convolution to 4k before each 3x3), False the original layer.
+        blockConfig: layers of each block, instead of ``depth``: (6, 12, 24, 16) is DenseNet-121.
+        smallInputs: True: a 3x3 convolution comes first, H and W are at least 4. False: ImageNet's 7x7 convolution
+            with stride 2, batch norm ``bn0`` and 3x3 max pooling with stride 2, for images of 224x224.
         dropRate: dropout after every convolution but the first, in [0, 1); the paper uses 0.2 without augmentation.
         initChannels: channels of the first convolution; None is 2k. The paper's parameter counts of the networks
             without bottleneck (1.0, 7.0 and 27.2 M) are those of 16.
@@ -108,27 +115,36 @@ class DenseNet(nn.Module):
         ValueError: for impossible geometry, with the nearest valid values.
     """
 
-    def __init__(self, growthRate: int = 12, depth: int = 100, reduction: float = 0.5, nClasses: int = 10,
-                 bottleneck: bool = True, *, dropRate: float = 0.0, initChannels: int | None = None,
-                 inChannels: int = 3, efficient: bool | str = True):
+    def __init__(self, growthRate: int = 12, depth: int | None = None, reduction: float = 0.5, nClasses: int = 10,
+                 bottleneck: bool = True, *, blockConfig: Sequence[int] | None = None, smallInputs: bool = True,
+                 dropRate: float = 0.0, initChannels: int | None = None, inChannels: int = 3,
+                 efficient: bool | str = True):
         super().__init__()
-        check_geometry(growthRate, depth, reduction, nClasses, bottleneck, dropRate, initChannels, inChannels)
+        if depth is None and blockConfig is None:
+            depth = 100
         if efficient not in (True, False, "max"):
             raise ValueError(f"efficient is {efficient!r}; valid are True, False and 'max'")
         self.arguments = dict(
             growthRate=growthRate, depth=depth, reduction=reduction, nClasses=nClasses, bottleneck=bottleneck,
-            dropRate=dropRate, initChannels=initChannels, inChannels=inChannels)
+            blockConfig=None if blockConfig is None else [*blockConfig], smallInputs=smallInputs, dropRate=dropRate,
+            initChannels=initChannels, inChannels=inChannels)
+        check_geometry(**self.arguments)
         self.efficient = efficient
 
-        layers = (depth - 4) // (6 if bottleneck else 3)  # per block
+        layers = blockConfig or [(depth - 4) // (6 if bottleneck else 3)] * 3
+        self.nBlocks = len(layers)
         layer = Bottleneck if bottleneck else SingleLayer
         nChannels = 2 * growthRate if initChannels is None else initChannels
-        self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=3, padding=1, bias=False)
-        for b in (1, 2, 3):
-            block = DenseBlock(*(layer(nChannels + i * growthRate, growthRate, dropRate) for i in range(layers)))
+        if smallInputs:
+            self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn0 = nn.BatchNorm2d(nChannels)
+        for b, n in enumerate(layers, 1):
+            block = DenseBlock(*(layer(nChannels + i * growthRate, growthRate, dropRate) for i in range(n)))
             self.add_module(f"dense{b}", block)
-            nChannels += layers * growthRate
-            if b < 3:
+            nChannels += n * growthRate
+            if b < self.nBlocks:
                 nOutChannels = math.floor(nChannels * reduction)
                 if nOutChannels < 1:
                     raise ValueError(f"reduction is {reduction}, which leaves none of the {nChannels} channels after "
@@ -147,14 +163,18 @@ class DenseNet(nn.Module):
         return F.log_softmax(self.fc(self.features(x)), dim=1)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled features (N, C) that the classifier reads. BC 100-12 on CIFAR:"""
+        """The pooled features (N, C) that the classifier reads. The shapes are those of BC 100-12 on CIFAR."""
         self._check_input(x)
         x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
-        x = self._dense_and_transition(self.dense1, self.trans1, x)  # -> (N, 216, 32, 32) -> (N, 108, 16, 16)
-        x = self._dense_and_transition(self.dense2, self.trans2, x)  # -> (N, 300, 16, 16) -> (N, 150, 8, 8)
-        if path := self._efficient_path(self.dense3, [self.bn1], x):
-            return efficient_block(self.dense3, self.bn1, x, tuple(x.shape[2:]), path == "max").flatten(1)
-        return F.relu(self.bn1(self.dense3(x))).mean((2, 3))  # -> (N, 342, 8, 8) -> (N, 342)
+        if not self.arguments["smallInputs"]:
+            x = F.max_pool2d(F.relu(self.bn0(x)), kernel_size=3, stride=2, padding=1)
+        *blocks, last = (getattr(self, f"dense{b}") for b in range(1, self.nBlocks + 1))
+        for b, block in enumerate(blocks, 1):
+            # b = 1: -> (N, 216, 32, 32) -> (N, 108, 16, 16); b = 2: -> (N, 300, 16, 16) -> (N, 150, 8, 8)
+            x = self._dense_and_transition(block, getattr(self, f"trans{b}"), x)
+        if path := self._efficient_path(last, [self.bn1], x):
+            return efficient_block(last, self.bn1, x, tuple(x.shape[2:]), path == "max").flatten(1)
+        return F.relu(self.bn1(last(x))).mean((2, 3))  # -> (N, 342, 8, 8) -> (N, 342)
 
     def _dense_and_transition(self, block: DenseBlock, trans: Transition, x: torch.Tensor) -> torch.Tensor:
         path = self._efficient_path(block, [trans.bn1, trans, trans.conv1], x)
@@ -179,21 +199,71 @@ class DenseNet(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
             raise ValueError(f"input has shape {tuple(x.shape)}; valid is (N, {self.conv1.in_channels}, H, W)")
-        if x.shape[2] < 4 or x.shape[3] < 4:
-            raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small to be halved twice; valid is 4x4 or more")
+        least = 2 ** (self.nBlocks - 1)  # a pixel is left after the last transition; the stem rounds up
+        least = least if self.arguments["smallInputs"] else 4 * least - 3
+        if x.shape[2] < least or x.shape[3] < least:
+            raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small to be halved that often; valid is "
+                             f"{least}x{least} or more")
+
+    def load_torchvision(self, state_dict: Mapping[str, torch.Tensor], classifier: bool = True) -> None:
+        """Takes the weights and running statistics of torchvision's network of the same shape, of any version.
+
+        ``classifier=False`` leaves ``fc`` as it is, for other classes.
+
+        Raises:
+            ValueError: naming the first entry that is missing, unknown or of another shape; nothing is changed then.
+        """
+        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key): value for key, value in state_dict.items()}
+        taken = {}
+        for name, value in self.state_dict().items():
+            found = theirs.pop(key := torchvision_name(name), None)
+            if found is None and not name.endswith("num_batches_tracked"):  # which older files lack
+                raise ValueError(f"the state dict has no {key}, which {name} would take: it is another network's")
+            if found is None or (name.startswith("fc.") and not classifier):
+                continue
+            if found.shape != value.shape:
+                raise ValueError(f"{key} has shape {tuple(found.shape)}; valid for {name} is {tuple(value.shape)}")
+            taken[name] = found
+        if theirs:
+            raise ValueError(f"the state dict has {next(iter(theirs))}, which this network has not")
+        self.load_state_dict(taken, strict=False)
+
+    def torchvision_state_dict(self) -> dict[str, torch.Tensor]:
+        """The state dict under torchvision's names, which its network of the same shape loads."""
+        return {torchvision_name(name): value for name, value in self.state_dict().items()}
 
 
-def check_geometry(growthRate: int, depth: int, reduction: float, nClasses: int, bottleneck: bool, dropRate: float,
-                   initChannels: int | None, inChannels: int) -> None:
+def torchvision_name(name: str) -> str:
+    """torchvision's name for a module, parameter or buffer of ours: dense1.0.bn1 is
+    features.denseblock1.denselayer1.norm1."""
+    if match := re.fullmatch(r"dense(\d+)\.(\d+)(.*)", name):
+        block, layer, rest = match.groups()
+        return f"features.denseblock{block}.denselayer{int(layer) + 1}{rest.replace('bn', 'norm')}"
+    if match := re.fullmatch(r"trans(\d+)(.*)", name):
+        block, rest = match.groups()
+        return f"features.transition{block}{rest.replace('bn1', 'norm').replace('conv1', 'conv')}"
+    head, dot, rest = name.partition(".")
+    return {"conv1": "features.conv0", "bn0": "features.norm0", "bn1": "features.norm5",
+            "fc": "classifier"}[head] + dot + rest
+
+
+def check_geometry(growthRate: int, depth: int | None, reduction: float, nClasses: int, bottleneck: bool,
+                   blockConfig: Sequence[int] | None, smallInputs: bool, dropRate: float, initChannels: int | None,
+                   inChannels: int) -> None:
     """Raises a ValueError that names the first value no such network can have, and the nearest valid ones."""
-    sizes = dict(growthRate=growthRate, depth=depth, nClasses=nClasses, inChannels=inChannels)
-    if initChannels is not None:
-        sizes["initChannels"] = initChannels
+    sizes = dict(growthRate=growthRate, depth=depth, nClasses=nClasses, initChannels=initChannels,
+                 inChannels=inChannels)
     for name, value in sizes.items():
+        if value is None and name in ("depth", "initChannels"):
+            continue
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; valid are whole numbers from 1")
+    if depth is not None and blockConfig is not None:
+        raise ValueError(f"depth is {depth} and blockConfig {blockConfig}; valid is one of them")
+    if blockConfig is not None and not (blockConfig and all(isinstance(n, int) and n > 0 for n in blockConfig)):
+        raise ValueError(f"blockConfig is {blockConfig}; valid are whole numbers from 1, one for each block")
     step = 6 if bottleneck else 3
-    if depth < 4 + step or (depth - 4) % step:
+    if depth is not None and (depth < 4 + step or (depth - 4) % step):
         below = max(1, (depth - 4) // step) * step + 4
         nearest = f"{below}" if depth < below else f"{below} and {below + step}"
         kind = "with" if bottleneck else "without"
@@ -202,6 +272,26 @@ def check_geometry(growthRate: int, depth: int, reduction: float, nClasses: int,
         raise ValueError(f"reduction is {reduction}; valid is above 0 and at most 1")
     if not 0 <= dropRate < 1:
         raise ValueError(f"dropRate is {dropRate}; valid is from 0 to below 1")
+
+
+def densenet121(nClasses: int = 1000, **arguments) -> DenseNet:
+    """DenseNet-BC for ImageNet (paper, table 1), 7,978,856 parameters; ``arguments`` as DenseNet's."""
+    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 24, 16), smallInputs=False, **arguments)
+
+
+def densenet169(nClasses: int = 1000, **arguments) -> DenseNet:
+    """DenseNet-BC for ImageNet (paper, table 1), 14,149,480 parameters; ``arguments`` as DenseNet's."""
+    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 32, 32), smallInputs=False, **arguments)
+
+
+def densenet201(nClasses: int = 1000, **arguments) -> DenseNet:
+    """DenseNet-BC for ImageNet (paper, table 1), 20,013,928 parameters; ``arguments`` as DenseNet's."""
+    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 48, 32), smallInputs=False, **arguments)
+
+
+def densenet161(nClasses: int = 1000, **arguments) -> DenseNet:
+    """DenseNet-BC with k=48 for ImageNet (the official models), 28,681,000 parameters; ``arguments`` as DenseNet's."""
+    return DenseNet(48, nClasses=nClasses, blockConfig=(6, 12, 36, 24), smallInputs=False, **arguments)
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNet:
