@@ -6,12 +6,12 @@ Prints a table; --csv writes every tensor's row, --plot a figure. Exit status: 0
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,15 +28,14 @@ from matplotlib.figure import Figure  # without pyplot: no display needed
 import data
 import densenet
 import numcheck
-from densenet import Bottleneck, DenseNet, SingleLayer
-from make_graph import COLOURS, Parser, number, operations, replace_file
-from numcheck import layers_of
+from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
+from make_graph import COLOURS, Parser, complain, new_file, number, operations, replace_file
+from numcheck import layers_of, parts_of
 from plot import STYLE
 
 FACTOR = 4  # how much larger than the reference's own an error may be
 LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here
 EFFICIENT = {"yes": True, "no": False, "max": "max"}
-BLOCKS = ("dense1", "dense2", "dense3")
 AGAINST = {
     "torchvision": "our network against torchvision's, an independent implementation",
     "plain": "the efficient dense block against the textbook's",
@@ -103,8 +102,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="train.py's latest.pth: its network and weights, in training mode, for a batch of --data")
     add("--data", metavar="DIR", default=None, help="CIFAR-10's folder or its parent (default: random images)")
     add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8, help="images (default: %(default)s)")
-    add("--csv", metavar="FILE", type=numcheck.new_file(""), default=None, help="write a row for every tensor")
-    add("--plot", metavar="FILE.png", type=numcheck.new_file(".png"), default=None,
+    add("--csv", metavar="FILE", type=new_file(""), default=None, help="write a row for every tensor")
+    add("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
         help="draw difference against depth")
     numcheck.add_common_flags(parser, numcheck.FAULTS)
     return parser
@@ -145,7 +144,7 @@ def sides(args: argparse.Namespace) -> list[Side | None]:
     gpu = ours._replace(name="GPU", device="cuda")
     tested, reference = {
         "torchvision": (ours, theirs),
-        "plain": (ours._replace(name={"yes": "efficient"}.get(args.efficient, "max")), Side("textbook")),
+        "plain": (ours._replace(name=numcheck.PATHS[ours.path]), Side("textbook")),
         "float64": (ours, theirs),
         "cuda": (gpu, ours._replace(name="CPU")),
         "cudnn-off": (gpu._replace(name="cuDNN"), gpu._replace(name="no cuDNN", cudnn=False)),
@@ -176,7 +175,7 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
     if not args.data:
         return net, torch.randn(n, a["inChannels"], 32, 32), torch.randint(a["nClasses"], (n,))
     images, labels, classes = data.load("cifar10", args.data)[0]
-    if (a["inChannels"], a["nClasses"]) != (images.shape[1], len(classes)):
+    if (a["inChannels"], a["nClasses"]) != (images.shape[1], len(classes)) or not a["smallInputs"]:
         raise ValueError(f"--checkpoint {args.checkpoint} is for other images than those of --data {args.data}")
     if n > len(images):
         raise ValueError(f"--batchSz {n} is more than the {len(images)} training images; valid is at most that")
@@ -187,31 +186,20 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
 
 # --- the network in two implementations -------------------------------------------------------------------------
 
-def torchvision_name(name: str) -> str:
-    """torchvision's name for a module, parameter or buffer of ours."""
-    if match := re.fullmatch(r"dense(\d)\.(\d+)(.*)", name):
-        block, layer, rest = match.groups()
-        return f"features.denseblock{block}.denselayer{int(layer) + 1}{rest.replace('bn', 'norm')}"
-    if match := re.fullmatch(r"trans(\d)(.*)", name):
-        block, rest = match.groups()
-        return f"features.transition{block}{rest.replace('bn1', 'norm').replace('conv1', 'conv')}"
-    head, dot, rest = name.partition(".")
-    return {"conv1": "features.conv0", "bn1": "features.norm5", "fc": "classifier"}[head] + dot + rest
-
-
 def torchvision_net(net: DenseNet) -> nn.Module:
-    """torchvision's DenseNet of three blocks, with CIFAR's first convolution and our weights."""
+    """torchvision's DenseNet, with CIFAR's first convolution and our weights."""
     a, width = net.arguments, net.conv1.out_channels
-    theirs = torchvision.models.DenseNet(a["growthRate"], (len(net.dense1),) * 3, width, num_classes=a["nClasses"])
+    blocks = tuple(len(block) for block in parts_of(net, DenseBlock).values())
+    theirs = torchvision.models.DenseNet(a["growthRate"], blocks, width, num_classes=a["nClasses"])
     theirs.features.conv0 = nn.Conv2d(a["inChannels"], width, kernel_size=3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
         setattr(theirs.features, name, nn.Identity())
-    theirs.load_state_dict({torchvision_name(key): value for key, value in net.state_dict().items()})
+    theirs.load_state_dict(net.torchvision_state_dict())
     return theirs
 
 
 def check_torchvision_has(net: DenseNet, against: str) -> None:
-    halves = all(t.conv1.out_channels == t.conv1.in_channels // 2 for t in (net.trans1, net.trans2))
+    halves = all(t.conv1.out_channels == t.conv1.in_channels // 2 for t in parts_of(net, Transition).values())
     if not net.arguments["bottleneck"] or not halves:
         raise ValueError(f"--against {against}: torchvision's DenseNet has bottlenecks and reduction 0.5 only; valid "
                          "for this network are plain, cuda, cudnn-off, channels_last, compile")
@@ -255,16 +243,15 @@ def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, f
         watch(model, net, side, record)
     forward = torch.compile(model) if side.compiled else model
     target = numcheck.target_of(model) if fault else None
-    with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),
-          numcheck.injected(fault, target, bool(side.path))):
+    with cudnn(side.cudnn), numcheck.injected(fault, target, bool(side.path)):
         with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
             output = forward(images)
             output = F.log_softmax(output, 1) if side.torchvision else output
             loss = F.nll_loss(output, labels.to(side.device))
         if not side.torchvision and not side.compiled:
-            check_path(model, {True: "efficient", False: "textbook"}.get(side.path, "max"))
+            numcheck.check_path(model, side.path)
         if side.path:
-            unfold(model, output, images.shape, record)
+            unfold(model, output, record)
         loss.backward()
     record.put("state", "output", output)
     record.put("state", "loss", loss)
@@ -273,18 +260,24 @@ def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, f
     return record
 
 
+@contextlib.contextmanager
+def cudnn(enabled: bool) -> Iterator[None]:
+    """On or off, and never in TF32, whose 10 bits would hide what is compared."""
+    backend = torch.backends.cudnn
+    before = backend.enabled, backend.conv.fp32_precision
+    backend.enabled, backend.conv.fp32_precision = enabled, "ieee"
+    try:
+        yield
+    finally:
+        backend.enabled, backend.conv.fp32_precision = before
+
+
 def build(side: Side, net: DenseNet) -> nn.Module:
     model = torchvision_net(net) if side.torchvision else copy.deepcopy(net)
     model.efficient = side.path
     for buffer in model.buffers():
         buffer.zero_()  # so that one step leaves momentum times its own statistics
     return model.train().to(side.device, side.dtype).to(memory_format=side.memory_format)
-
-
-def check_path(model: DenseNet, path: str) -> None:
-    for name in BLOCKS:
-        if (ran := getattr(model, name).last_path) != path:
-            raise RuntimeError(f"{name} took the {ran} path; what was to be compared is the {path} path")
 
 
 def watch(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
@@ -301,21 +294,19 @@ def watch(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
         model.get_submodule(torchvision_name(name) if side.torchvision else name).register_forward_hook(note)
 
 
-def unfold(model: DenseNet, output: torch.Tensor, shape: torch.Size, record: Record) -> None:
+def unfold(model: DenseNet, output: torch.Tensor, record: Record) -> None:
     """The efficient path's states, rebuilt from what its blocks keep for the backward pass: x = xhat / rstd + mean."""
     nodes = [node for node in operations(output) if "EfficientBlock" in node.name()][::-1]
-    norms = (model.trans1.bn1, model.trans2.bn1, model.bn1)
-    for i, (block, norm, node) in enumerate(zip(BLOCKS, norms, nodes, strict=True)):
-        kept = shape[0], norm.num_features, shape[2] >> i, shape[3] >> i
-        xhat = next(t for t in node.saved_tensors if t.shape == kept)
-        m = xhat.numel() / xhat.shape[1]
-        mean, var = norm.running_mean / norm.momentum, norm.running_var / norm.momentum * (m - 1) / m
-        x = xhat * (var + norm.eps).sqrt()[:, None, None] + mean[:, None, None]
-        before, k = ("conv1", "trans1", "trans2")[i], model.arguments["growthRate"]
-        width = norm.num_features - k * len(getattr(model, block))
+    transitions, k = parts_of(model, Transition), model.arguments["growthRate"]
+    norms = [*(transition.bn1 for transition in transitions.values()), model.bn1]
+    blocks = parts_of(model, DenseBlock).items()
+    for (name, block), before, norm, node in zip(blocks, ["conv1", *transitions], norms, nodes, strict=True):
+        xhat, rstd, *_ = node.saved_tensors[node.nParameters:]
+        x = xhat / rstd[:, None, None] + (norm.running_mean / norm.momentum)[:, None, None]
+        width = norm.num_features - k * len(block)
         record.put("state", before, x[:, :width])
-        for j, new in enumerate(x[:, width:].split(k, 1)):
-            record.put("state", f"{block}.{j}", new)
+        for i, new in enumerate(x[:, width:].split(k, 1)):
+            record.put("state", f"{name}.{i}", new)
         node.register_hook(lambda grads, _, before=before: record.put("gradient", before, grads[0]))
 
 
@@ -419,7 +410,8 @@ def draw(axes: Axes, layers: dict[str, list[Row]], tested: str, reference: str) 
     if any(apart.values()):
         axes.plot([i for i in x if apart[i]], [d for d in apart.values() if d], color=COLOURS[2], linewidth=1.4,
                   marker="o", markersize=2.5, label="between the two in float64")
-    spans = {block: [i for i, name in enumerate(names) if name.startswith(block)] for block in BLOCKS}
+    blocks = dict.fromkeys(name.partition(".")[0] for name in names if "." in name)
+    spans = {block: [i for i, name in enumerate(names) if name.startswith(f"{block}.")] for block in blocks}
     for span in spans.values():
         axes.axvspan(span[0] - 0.5, span[-1] + 0.5, color="0.95", zorder=0)
     axes.set_xticks([(span[0] + span[-1]) / 2 for span in spans.values()], list(spans))
@@ -434,17 +426,12 @@ def render(title: str, layers: dict[str, tuple[list[Row], list[Row]]], tested: s
         panels = figure.subplots(1, 2, sharey=True)
         for i, part in enumerate(("Outputs and running statistics", "Gradients")):
             draw(panels[i], {layer: passes[i] for layer, passes in layers.items()}, tested, reference)
-            panels[i].set(title=part)
+            panels[i].set(title=part, xlabel="Layers, in order of computation")
         panels[0].set_ylabel("Largest relative error")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title)
         figure.savefig(png, format="png")
     return png.getvalue()
-
-
-def complain(error: Exception, status: int) -> int:
-    print("compare_grads.py: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -459,9 +446,9 @@ def main(argv: list[str] | None = None) -> int:
         if reference.torchvision:
             check_torchvision_has(net, args.against)
     except (ValueError, OSError) as error:
-        return complain(error, 2)
-    title = f"{numcheck.describe(net)}: {AGAINST[args.against]}"
-    print(title + f"; injected: {args.inject}" * bool(args.inject))
+        return complain(error, 2, "compare_grads.py")
+    title = f"{numcheck.describe(net)}: {AGAINST[args.against]}" + f"; injected: {args.inject}" * bool(args.inject)
+    print(title)
     try:
         rows = compare_sides(args, net, images, labels)
         layers = by_layer(net, rows)
@@ -471,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             replace_file(args.plot, render(title, layers, tested.name, reference.name))
     except RuntimeError as error:
-        return complain(error, 1)
+        return complain(error, 1, "compare_grads.py")
     print(verdict(rows))
     return 1 if any(row.share > 1 for row in rows) else 0
 

@@ -67,6 +67,19 @@ def number(kind: type, minimum: float, maximum: float):
     return parse
 
 
+def new_file(suffix: str):
+    """Refuses before the work is done what could not be written after it."""
+    def parse(text: str) -> Path:
+        other = os.path.exists(text or ".") and not os.path.isfile(text)  # a directory, or a device to be overwritten
+        if not text.isprintable() or not text.endswith(suffix) or other:
+            valid = "the path of a file" + f" that ends in {suffix}" * bool(suffix)
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
+        if not os.access(Path(text).parent, os.W_OK | os.X_OK):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path in an existing, writable directory")
+        return Path(text)
+    return parse
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="make_graph.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,8 +376,8 @@ def write(graph: str, net: DenseNet, stem: Path) -> None:
         replace_file(Path(f"{stem}.{suffix}"), draw(suffix))
 
 
-def complain(error: Exception, status: int) -> int:
-    print("make_graph.py: error:", " ".join(str(error).split()), file=sys.stderr)
+def complain(error: Exception, status: int, program: str = "make_graph.py") -> int:
+    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 

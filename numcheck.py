@@ -11,7 +11,6 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -24,15 +23,17 @@ from matplotlib.figure import Figure  # without pyplot: no display needed
 
 import densenet
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
-from make_graph import COLOURS, Parser, number, replace_file
+from make_graph import COLOURS, Parser, complain, new_file, number, replace_file
 from plot import STYLE
 
 STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
 LIMIT = 1e-7  # of the gradient's norm: a right one comes to 1e-8 at most, the faults below to 1e-3 and more
+ENOUGH = LIMIT / 10  # an error that needs no other step
 DIRECTIONS = 2  # random ones, for each layer of a whole network
 SHIFT = 0.05  # standard deviations: how far settle_kinks may move a batch norm's output
 NETWORK = {"growthRate": 12, "depth": 22, "reduction": 0.5, "no_bottleneck": False}
+PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's efficient -> a block's last_path
 
 FAULTS = {
     "cat-grad": "one layer sends its gradient back to the parts of the concatenation in the wrong order",
@@ -45,17 +46,6 @@ WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others have ri
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
-
-def new_file(suffix: str):
-    """Refuses before the work is done what could not be written after it."""
-    def parse(text: str) -> Path:
-        if not text.isprintable() or not text.endswith(suffix) or Path(text).is_dir():
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is the path of a file{' that ends in ' + suffix}")
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid are paths in an existing directory")
-        return Path(text)
-    return parse
-
 
 def add_common_flags(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:
     parser.add_argument("--inject", metavar="FAULT", choices=tuple(faults), default=None,
@@ -99,10 +89,23 @@ def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
             if isinstance(module, (Bottleneck, SingleLayer, Transition)) or name in ("conv1", "bn1", "fc")]
 
 
+def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
+    """Its dense blocks or its transitions, in order of computation."""
+    return {name: module for name, module in net.named_children() if isinstance(module, kind)}
+
+
+def check_path(net: DenseNet, path: bool | str) -> None:
+    """Raises RuntimeError if a dense block took another path: what is checked then says nothing of this one."""
+    for name, block in parts_of(net, DenseBlock).items():
+        if block.last_path != PATHS[path]:
+            raise RuntimeError(f"{name} took the {block.last_path} path; to be checked was the {PATHS[path]} path")
+
+
 def describe(net: DenseNet) -> str:
     a = net.arguments
     letters = "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)
-    return f"DenseNet{'-' * bool(letters)}{letters} L={a['depth']} k={a['growthRate']}"
+    size = f"L={a['depth']}" if a["depth"] else f"blocks {a['blockConfig']}"
+    return f"DenseNet{'-' * bool(letters)}{letters} {size} k={a['growthRate']}"
 
 
 # --- kinks ------------------------------------------------------------------------------------------------------
@@ -137,8 +140,10 @@ def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
 # --- faults -----------------------------------------------------------------------------------------------------
 
 def target_of(net: DenseNet) -> nn.Module:
-    """The layer of a network that a fault is put into."""
-    return net.dense2[len(net.dense2) // 2]
+    """The layer of a network that a fault is put into: halfway through."""
+    blocks = [*parts_of(net, DenseBlock).values()]
+    block = blocks[len(blocks) // 2]
+    return block[len(block) // 2]
 
 
 @contextlib.contextmanager
@@ -163,17 +168,16 @@ def break_layer(fault: str, layer: nn.Module) -> None:
     elif fault == "stats-twice":
         norm.forward = lambda x: (normalise(x), normalise(x))[1]
     elif isinstance(layer, (Bottleneck, SingleLayer)):  # a transition reads a concatenation, but makes none
-        layer.forward = lambda x: torch.cat((x, forward(misorder(fault, x, layer))[:, x.shape[1]:]), 1)
+        layer.forward = lambda x: torch.cat((x, forward(misorder(fault, x))[:, x.shape[1]:]), 1)
 
 
-def misorder(fault: str, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """The concatenation with its last part first, or unchanged with its gradient so."""
-    k = layer.conv1.out_channels if isinstance(layer, SingleLayer) else layer.conv2.out_channels
+def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
+    """The concatenation with its last channel first, or unchanged with its gradient so."""
     if fault == "cat-order":
-        return x.roll(k, 1)
+        return x.roll(1, 1)
     x = x.view_as(x)
     if x.requires_grad:
-        x.register_hook(lambda grad: grad.roll(k, 1))
+        x.register_hook(lambda grad: grad.roll(1, 1))
     return x
 
 
@@ -187,20 +191,24 @@ def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tens
 
 def broken_block(fault: str, layer: nn.Module):
     """A context in which the efficient block is faulty where it works ``layer``; bn-no-mean: in all layers."""
-    block, normalise_backward, update = (
-        densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics)
+    block, layer_backward = densenet.EfficientBlock, densenet.affine_relu_conv_backward
+    normalise_backward, update = densenet.normalise_backward, densenet.update_running_statistics
+    first = layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
 
     class Misordered(block):
         @classmethod
-        def apply(cls, x, spec, *parameters):
-            if any(p is layer.conv1.weight for p in parameters):
-                if fault == "cat-grad":
-                    x = misorder(fault, x, layer)
-                else:  # channels in another order are the layer's own parameters in another order
-                    of_layer = [layer.bn1.weight, layer.bn1.bias, layer.conv1.weight]
-                    parameters = [p.roll(1, min(1, p.dim() - 1)) if any(p is q for q in of_layer) else p
-                                  for p in parameters]
-            return block.apply(x, spec, *parameters)
+        def apply(cls, x, spec, *parameters):  # a layer's channels in another order: its parameters in another order
+            return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
+                                          for p in parameters))
+
+    def misordered_backward(dh, xhat, gamma, beta, weight, G, sums):
+        if weight.data_ptr() != layer.conv1.weight.data_ptr():
+            return layer_backward(dh, xhat, gamma, beta, weight, G, sums)
+        own_G, own_sums = torch.zeros_like(G), torch.zeros_like(sums)
+        grads = layer_backward(dh, xhat, gamma, beta, weight, own_G, own_sums)
+        G += own_G.roll(1, 1)
+        sums += own_sums.roll(1, 1)
+        return grads
 
     def without_mean(G, xhat, rstd, means):
         return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(means[0]), means[1])))
@@ -209,10 +217,9 @@ def broken_block(fault: str, layer: nn.Module):
         for _ in range(2 if norm is layer.bn1 else 1):
             update(norm, mean, var)
 
-    return {"cat-order": patch.object(densenet, "EfficientBlock", Misordered),
-            "cat-grad": patch.object(densenet, "EfficientBlock", Misordered),
-            "bn-no-mean": patch.object(densenet, "normalise_backward", without_mean),
-            "stats-twice": patch.object(densenet, "update_running_statistics", twice)}[fault]
+    return patch.object(densenet, *{
+        "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_conv_backward", misordered_backward),
+        "bn-no-mean": ("normalise_backward", without_mean), "stats-twice": ("update_running_statistics", twice)}[fault])
 
 
 # --- differences ------------------------------------------------------------------------------------------------
@@ -244,13 +251,17 @@ class Result(NamedTuple):
     def error(self) -> float:
         return self.errors[self.step]
 
+    @property
+    def differs(self) -> bool:
+        return not self.error <= LIMIT  # not a number, too
+
 
 def elements(name: str, tensor: torch.Tensor) -> Group:
     unit = torch.eye(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return Group(name, [tensor], [[row.view_as(tensor)] for row in unit])
 
 
-def random_directions(name: str, tensors: list[torch.Tensor], n: int = 2) -> Group:
+def random_directions(name: str, tensors: list[torch.Tensor], n: int = DIRECTIONS) -> Group:
     return Group(name, tensors, [[torch.randn_like(t) for t in tensors] for _ in range(n)])
 
 
@@ -287,7 +298,7 @@ def check(case: Case, plotted: bool) -> tuple[list[Result], dict[float, float]]:
     """-> a result for each group, in the order in which the backward pass comes to them; then, if it is to be plotted,
     step -> error in random directions of all tensors together"""
     with case.fault:
-        results = [check_group(case.loss, group, STEPS, LIMIT) for group in reversed(case.groups)]
+        results = [check_group(case.loss, group, STEPS, ENOUGH) for group in reversed(case.groups)]
         if not plotted:
             return results, {}
         everything = random_directions("all", [t for group in case.groups for t in group.tensors], n=4)
@@ -326,18 +337,15 @@ def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -
     """A whole network with its loss, layer by layer in random directions."""
     net, x = prepare(make_net(args, efficient=efficient), torch.randn(4, 3, 8, 8), device)
     labels = torch.randint(10, (4,), device=device)
-    path = {False: "textbook", True: "efficient", "max": "max"}[efficient]
 
     def loss() -> torch.Tensor:
         value = F.nll_loss(net(x), labels)
-        for name in ("dense1", "dense2", "dense3"):
-            if (ran := getattr(net, name).last_path) != path:
-                raise RuntimeError(f"{name} took the {ran} path instead of {path}: nothing is known of {path}")
+        check_path(net, efficient)
         return value
 
     groups = [random_directions("input", [x]),
               *(random_directions(name, [*module.parameters()]) for name, module in layers_of(net))]
-    return Case(f"network, {path}", loss, groups, injected(args.inject, target_of(net), bool(efficient)))
+    return Case(f"network, {PATHS[efficient]}", loss, groups, injected(args.inject, target_of(net), bool(efficient)))
 
 
 def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
@@ -363,16 +371,16 @@ def backends() -> Iterator[tuple[str, str, contextlib.AbstractContextManager]]:
 # --- results ----------------------------------------------------------------------------------------------------
 
 def print_case(name: str, results: list[Result]) -> None:
-    worst = max(results, key=lambda r: r.error)
-    print(f"{name:36}{sum(r.nDirections for r in results):6}  {worst.error:7.1e}  {worst.step:5.0e}  "
-          f"{'ok' if worst.error <= LIMIT else 'DIFFERS':7}  {worst.group}", flush=True)
+    shown = next((r for r in results if r.differs), max(results, key=lambda r: r.error))
+    print(f"{name:36}{sum(r.nDirections for r in results):6}  {shown.error:7.1e}  {shown.step:5.0e}  "
+          f"{'DIFFERS' if shown.differs else 'ok':7}  {shown.group}", flush=True)
 
 
 def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, dict[float, float]]]:
     """-> all results with their cases, printed; the curves of the figure"""
     found, curves = [], {}
     for backend, device, context in backends():
-        print(f"\n{backend:36}checks    error   step  verdict  largest in the gradient of")
+        print(f"\n{backend:36}checks    error   step  verdict  largest, or first that differs, in")
         with context:
             for case in cases(args, device):
                 results, errors = check(case, plotted=bool(args.plot) and device == "cpu")
@@ -385,7 +393,7 @@ def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, d
 def verdict(found: list[tuple[str, Result]]) -> tuple[str, bool]:
     """-> what to tell; whether all agree"""
     for case, result in found:
-        if not result.error <= LIMIT:  # not a number, too
+        if result.differs:
             return (f"first difference: {case}, gradient of {result.group}: error {result.error:.1e}, "
                     f"limit {LIMIT:.0e}"), False
     return (f"all {sum(result.nDirections for _, result in found)} checks agree: the largest error is "
@@ -418,18 +426,13 @@ def render(net: DenseNet, curves: dict[str, dict[float, float]]) -> bytes:
     return png.getvalue()
 
 
-def complain(error: Exception, status: int) -> int:
-    print("numcheck.py: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
-
-
 def main(argv: list[str] | None = None) -> int:
     """-> exit status"""
     try:
         args = get_args_parser().parse_args(argv)
         net = make_net(args)
     except ValueError as error:
-        return complain(error, 2)
+        return complain(error, 2, "numcheck.py")
     print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}" +
           f"; injected: {args.inject}" * bool(args.inject))
     threads = torch.get_num_threads()
@@ -440,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             replace_file(args.plot, render(net, curves))
     except RuntimeError as error:
-        return complain(error, 1)
+        return complain(error, 1, "numcheck.py")
     finally:
         torch.set_num_threads(threads)
     text, good = verdict(found)

@@ -1,0 +1,175 @@
+"""numcheck.py: right gradients pass, each fault is caught where it is, and the check itself is sound."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+import torch.nn as nn
+
+import densenet
+import numcheck
+from densenet import DenseNet
+
+SCRIPT = Path(numcheck.__file__).resolve()
+SMALL = ["--depth", "10", "--growthRate", "3"]
+LAYERS = ["SingleLayer", "Bottleneck", "Transition"]
+BLOCKS = ["efficient block of SingleLayer", "efficient block of Bottleneck", "efficient block of Bottleneck, max"]
+NETWORKS = ["network, textbook", "network, efficient", "network, max"]
+CASES = LAYERS + BLOCKS + NETWORKS
+
+
+def run(capsys, *args):
+    """-> exit status, lines of stdout"""
+    status = numcheck.main([*SMALL, *args])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return status, out.splitlines()
+
+
+def verdicts(lines, backend="CPU"):
+    """Case -> (ok or DIFFERS, the gradient named), of one backend's table."""
+    start = next(i for i, line in enumerate(lines) if line.startswith(backend + " "))
+    end = lines.index("", start)
+    rows = [re.fullmatch(r"(\S.*?)  +\d+  +\S+  +\S+  (ok|DIFFERS) +(\S.*)", line) for line in lines[start + 1:end]]
+    return {row[1]: (row[2], row[3]) for row in rows}
+
+
+def parameters_of(*argv):
+    return numcheck.get_args_parser().parse_args([*SMALL, *argv])
+
+
+def test_all_gradients_agree_and_the_figure_is_drawn(tmp_path):
+    """As a user runs it."""
+    figure = tmp_path / "numcheck.png"
+    figure.write_bytes(b"an older figure, longer than nothing")
+    command = [SCRIPT, *SMALL, "--plot", figure]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert {name: found for name, (found, _) in verdicts(lines).items()} == dict.fromkeys(CASES, "ok")
+    assert re.match(r"all \d{4} checks agree: ", lines[-1])
+    image = matplotlib.image.imread(figure)[..., :3]
+    assert image.shape == (600, 1800, 3) and 0.02 < (image < 0.9).any(2).mean() < 0.3
+    assert [path.name for path in tmp_path.iterdir()] == [figure.name]
+    if not torch.cuda.is_available():
+        assert "skipped CUDA with cuDNN on and off: this machine has no GPU" in lines
+
+
+# What comes first in the backward pass, case by case. None: a transition makes no concatenation. The efficient block
+# has one line for the mean term of all its layers, so that the last layer is wrong already.
+PLACES = {
+    "cat-grad": ["input", "input", None, "layer 0.conv1.weight", "layer 0.conv2.weight", "layer 0.conv2.weight",
+                 "trans1", "trans1", "trans1"],
+    "grad-scale": 3 * ["conv1.weight"] + 3 * ["layer 1.conv1.weight"] + 3 * ["dense2.0"],
+    "bn-no-mean": ["input", "conv1.weight", "input", "layer 1.conv1.weight", "layer 1.conv2.weight",
+                   "layer 1.conv2.weight", "dense2.0", "dense3.0", "dense3.0"]}
+
+
+@pytest.mark.parametrize("fault", PLACES)
+def test_every_fault_is_caught_and_its_place_named(fault, capsys, monkeypatch):
+    monkeypatch.setattr(numcheck, "STEPS", numcheck.STEPS[:1])
+    status, lines = run(capsys, "--inject", fault)
+    assert status == 1
+    for (name, found), place in zip(verdicts(lines).items(), PLACES[fault], strict=True):
+        assert found == ("DIFFERS", place) if place else found[0] == "ok", name
+    assert list(verdicts(lines)) == CASES
+    assert re.fullmatch(rf"first difference: SingleLayer, gradient of {PLACES[fault][0]}: error \S+, limit 1e-07",
+                        lines[-1])
+
+
+def test_the_faults_offered_are_those_tested():
+    assert tuple(PLACES) == numcheck.WRONG_GRADIENTS
+
+
+@pytest.mark.parametrize("efficient", [False, True, "max"])
+@pytest.mark.parametrize("fault, first", [("grad-scale", "dense2.0"), ("cat-grad", None)])
+def test_a_network_is_right_behind_its_fault(efficient, fault, first):
+    """The backward pass comes from the loss: what lies between that and the fault has right gradients."""
+    torch.manual_seed(0)
+    case = numcheck.network_case(parameters_of("--inject", fault), efficient, "cpu")
+    results, _ = numcheck.check(case, plotted=False)
+    wrong = [r.group for r in results if not r.error <= numcheck.LIMIT]
+    behind = ["fc", "bn1", "dense3.0", "trans2"]
+    assert [r.group for r in results][:len(behind)] == behind and not set(behind) & set(wrong)
+    assert wrong == [first] if first else {"input", "conv1", "dense1.0"} <= set(wrong)
+
+
+def test_the_error_falls_with_the_square_of_the_step_and_rises_with_rounding():
+    torch.manual_seed(0)
+    for case in (numcheck.module_case(densenet.Bottleneck(4, 2), None, "cpu"),
+                 numcheck.block_case(densenet.Bottleneck, True, None, "cpu")):
+        _, errors = numcheck.check(case, plotted=True)
+        at = {round(torch.tensor(step).log10().item() * 2): error for step, error in errors.items()}
+        assert 30 < at[-8] / at[-10] < 300  # from 1e-4 to 1e-5
+        assert at[-20] > 30 * at[-12] and min(at.values()) < 1e-9
+
+
+def test_slope_is_the_derivative_along_a_direction_and_leaves_the_tensors_as_they_were():
+    x, y = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    way = [torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)]
+    slope = numcheck.slope(lambda: (x ** 2).sum() * y.sum(), [x, y], way, 1e-3)
+    assert slope == pytest.approx((2 * 1 - 2 * 2) * 0.3 + 5 * 2, rel=1e-5)
+    assert x.tolist() == [1.0, 2.0] and y.tolist() == [0.3]
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_no_relu_reads_a_value_near_zero_once_the_kinks_are_settled(efficient):
+    torch.manual_seed(0)
+    net, x = DenseNet(4, 10, efficient=efficient).double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    least = numcheck.settle_kinks(net, x)
+    assert not any(norm._forward_hooks for norm in norms)
+    nearest = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, inputs, out: nearest.append(out.abs().min().item()))
+    net(x)
+    assert len(nearest) == len(norms) == 9 and min(nearest) == pytest.approx(least) and least > 1e-4
+    for name, p in net.named_parameters():
+        moved = (p - before[name]).abs().max().item()
+        assert moved < 0.1 if re.search(r"bn\d\.bias", name) else moved == 0
+
+
+def test_it_fails_if_another_path_runs(capsys, monkeypatch):
+    """A check of the efficient block that ran the textbook's layers would say nothing."""
+    monkeypatch.setattr(densenet, "can_be_efficient", lambda *_: False)
+    assert numcheck.main(SMALL) == 1
+    out, err = capsys.readouterr()
+    assert err == "numcheck.py: error: dense1 took the textbook path; to be checked was the efficient path\n"
+    assert "agree" not in out
+
+
+def test_a_gradient_that_is_not_a_number_or_lost_differs():
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    for loss in (lambda: (x * float("nan")).sum(), lambda: (x.detach() * 2 + 0 * x).sum()):
+        assert not numcheck.check_group(loss, numcheck.elements("x", x), [1e-6], 1e-7).error <= 1e-7
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--depth", "23"], "depth is 23; valid with bottleneck is 6n + 4, nearest 22 and 28"),
+    (["--depth", "many"], "'many'"), (["--growthRate", "1"], "whole numbers from 2 to 64"),
+    (["--reduction", "0"], "reduction is 0"), (["--reduction", "2"], "from 0 to 1"),
+    (["--no-bottleneck", "--depth", "23"], "3n + 4, nearest 22 and 25"), (["--seed", "-1"], "'-1'"),
+    (["--inject", "bad-luck"], "'cat-grad', 'grad-scale', 'bn-no-mean'"),
+    (["--plot", "figure.pdf"], "ends in .png"), (["--plot", "no/such/dir/figure.png"], "existing, writable directory"),
+    (["--what"], "--what"),
+])
+def test_bad_input_is_refused_in_one_line(args, named, capsys):
+    assert numcheck.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("numcheck.py: error: ") and err.count("\n") == 1 and named in err
+
+
+def test_help_tells_the_faults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        numcheck.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for fault in numcheck.WRONG_GRADIENTS:
+        assert f"{fault} ({numcheck.FAULTS[fault]})" in text
