@@ -6,7 +6,6 @@ Prints a table; --csv writes every tensor's row, --plot a figure. Exit status: 0
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import io
@@ -243,7 +242,8 @@ def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, f
         watch(model, net, side, record)
     forward = torch.compile(model) if side.compiled else model
     target = numcheck.target_of(model) if fault else None
-    with cudnn(side.cudnn), numcheck.injected(fault, target, bool(side.path)):
+    with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32's 10 bits would hide a difference
+          numcheck.injected(fault, target, bool(side.path))):
         with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
             output = forward(images)
             output = F.log_softmax(output, 1) if side.torchvision else output
@@ -258,18 +258,6 @@ def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, f
     record.put("gradient", "images", images.grad)
     note_parameters_and_statistics(model, net, side, record)
     return record
-
-
-@contextlib.contextmanager
-def cudnn(enabled: bool) -> Iterator[None]:
-    """On or off, and never in TF32, whose 10 bits would hide what is compared."""
-    backend = torch.backends.cudnn
-    before = backend.enabled, backend.conv.fp32_precision
-    backend.enabled, backend.conv.fp32_precision = enabled, "ieee"
-    try:
-        yield
-    finally:
-        backend.enabled, backend.conv.fp32_precision = before
 
 
 def build(side: Side, net: DenseNet) -> nn.Module:

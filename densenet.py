@@ -160,7 +160,8 @@ class DenseNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(self.fc(self.features(x)), dim=1)
+        logits = self.fc(self.features(x))
+        return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled features (N, C) that the classifier reads. The shapes are those of BC 100-12 on CIFAR."""
@@ -305,6 +306,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNe
         OSError: if it cannot be read.
     """
     checkpoint = read_checkpoint(path, device)
+    if missing := {"arguments", "model", "mean", "std", "classes"} - checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {min(missing)}")
     net = DenseNet(**checkpoint["arguments"]).to(device)
     net.load_state_dict(checkpoint["model"])
     for name in ("mean", "std"):

@@ -1,4 +1,4 @@
-"""A run's directory (lock, CSVs, run.json, checkpoints), and what surrounds it: machine, signals, figures.
+"""A run's directory (lock, CSVs, run.json, checkpoints), and what surrounds it: machine, signals, processes, figures.
 
 Whatever moment the process dies at, what was saved before stays valid and ``--resume`` continues there: a checkpoint
 holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
@@ -6,31 +6,38 @@ holds the CSVs' lengths, is replaced whole, and the one before it stays as previ
 
 import contextlib
 import fcntl
+import inspect
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torchvision
 
 from densenet import read_checkpoint
 
-CSVS = ("train.csv", "test.csv")
+CSVS = ("train.csv", "val.csv", "test.csv")
 CSV_HEADER = b"epoch,loss,error\n"
 CHECKPOINTS = ("latest.pth", "previous.pth")
+BEST = "best.pth"  # the epoch with the lowest validation error, where there is a validation set
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 LOCK = ".lock"
-FILES = {"run.json", LOCK, *CSVS, *CHECKPOINTS, *FIGURES}
+FILES = {"run.json", LOCK, BEST, *CSVS, *CHECKPOINTS, *FIGURES}
 ABOUT = {"flags": dict, "scheduleEpochs": int, "environment": dict, "mean": list, "std": list, "classes": list}
-PROGRESS = {"epoch": int, "test": dict, "best": dict, "csvLengths": dict, "model": dict, "optimizer": dict}
+PROGRESS = {"epoch": int, "best": dict, "csvLengths": dict, "model": dict, "optimizer": dict}
 
 
 class RunError(ValueError):
@@ -45,7 +52,7 @@ class Run:
         self.csvs: dict[str, BinaryIO] = {}
         self.holds_run = False
         self.lock_handle: int | None = None
-        self.keep_previous = True  # latest.pth is worth keeping as previous.pth
+        self.loaded = CHECKPOINTS[0]  # what load took
 
     def __enter__(self) -> "Run":
         return self
@@ -121,9 +128,10 @@ class Run:
         checkpoint, about = self.load(), self.read_json()
         sizes = {name: p.stat().st_size if (p := self.path / name).exists() else 0 for name in CSVS}
         if checkpoint is None:
-            if sizes["test.csv"] and (self.path / "test.csv").read_bytes().count(b"\n") > 2:  # header, epoch 1
-                raise RunError(f"--save {self.path} has no checkpoint left, but rows of some epochs in test.csv; put "
-                               "latest.pth back, or start again with --overwrite or elsewhere")
+            for name in CSVS[1:]:
+                if sizes[name] and (self.path / name).read_bytes().count(b"\n") > 2:  # header, epoch 1
+                    raise RunError(f"--save {self.path} has no checkpoint left, but rows of some epochs in {name}; put "
+                                   "latest.pth back, or start again with --overwrite or elsewhere")
             return about, None
         for name, length in checkpoint["csvLengths"].items():
             if sizes.get(name, 0) < length:
@@ -154,7 +162,7 @@ class Run:
                 raise RunError(f"{path} is not a checkpoint of a run: parts of it are missing")
             if problem:
                 warn(f"{problem}; continuing from {name}, epoch {checkpoint['epoch']}")
-                self.keep_previous = False
+            self.loaded = name
             return checkpoint
         if any(os.path.lexists(self.path / name) for name in CHECKPOINTS):
             raise RunError(f"{problem}; none of the run's checkpoints can be used: start again with --overwrite")
@@ -169,8 +177,8 @@ class Run:
 
     # --- writing ----------------------------------------------------------------------------------------------
 
-    def begin(self, about: dict[str, Any], lengths: dict[str, int], overwrite: bool) -> None:
-        """Opens the run for training: the CSVs cut to ``lengths`` bytes (new ones get their header), run.json.
+    def begin(self, about: dict[str, Any], checkpoint: dict[str, Any] | None, overwrite: bool) -> None:
+        """Opens the run for training: the CSVs as they were at the checkpoint (new ones get their header), run.json.
 
         Raises:
             OSError: naming the file that cannot be written.
@@ -179,12 +187,15 @@ class Run:
             if is_temporary(name):  # left by a process that was killed while it wrote
                 (self.path / name).unlink(missing_ok=True)
         if overwrite:  # run.json first: until the checkpoints go, --resume still has a run
-            for name in ("run.json", *CHECKPOINTS, *FIGURES, *CSVS):
+            for name in ("run.json", *CHECKPOINTS, BEST, *FIGURES, *CSVS):
                 (self.path / name).unlink(missing_ok=True)
         if self.read_json() != about:
             with replacing(self.path / "run.json") as file:
                 file.write((json.dumps(about, indent=2) + "\n").encode())
-        for name in CSVS:
+        if checkpoint and about["valImages"] and checkpoint["best"]["epoch"] == checkpoint["epoch"]:
+            self.keep_as_best(self.loaded)  # it may have been killed between the two
+        lengths = checkpoint["csvLengths"] if checkpoint else {}
+        for name in CSVS if about["valImages"] else ("train.csv", "test.csv"):
             with naming(self.path / name):
                 handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 csv = self.csvs[name] = os.fdopen(handle, "r+b", buffering=0)
@@ -202,8 +213,8 @@ class Run:
             while content:  # a full disk takes a part, then raises
                 content = content[self.csvs[name].write(content):]
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """The CSVs, and then latest.pth with their lengths; the one before stays as previous.pth."""
+    def save(self, checkpoint: dict[str, Any], best: bool = False) -> None:
+        """The CSVs, then latest.pth with their lengths; the one before stays as previous.pth, the best as best.pth."""
         for name, csv in self.csvs.items():
             with naming(self.path / name):
                 os.fsync(csv.fileno())
@@ -211,9 +222,42 @@ class Run:
         latest, previous = (self.path / name for name in CHECKPOINTS)
         with replacing(latest) as file:
             torch.save(checkpoint | {"csvLengths": lengths}, file)
-            if self.keep_previous and latest.exists():
+            if self.loaded == latest.name and latest.exists():  # or it is damaged
                 keep_as(latest, previous)
-        self.keep_previous = True
+        self.loaded = latest.name
+        if best:
+            self.keep_as_best(latest.name)
+
+    def keep_as_best(self, name: str) -> None:
+        with naming(self.path / BEST):
+            keep_as(self.path / name, self.path / BEST)
+
+    def read_best(self, epoch: int) -> dict[str, Any]:
+        """Raises RunError if best.pth is not that of this epoch."""
+        path = self.path / BEST
+        try:
+            checkpoint = read_checkpoint(path)
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing; it is the checkpoint of epoch {epoch}") from None
+        if checkpoint.get("epoch") != epoch:
+            raise RunError(f"{path} is the checkpoint of epoch {checkpoint.get('epoch')}; the best was epoch {epoch}")
+        return checkpoint
+
+
+class Bystander(Run):
+    """In all processes but the first, which writes for all."""
+
+    def lock(self) -> None:
+        pass
+
+    def begin(self, about: dict[str, Any], checkpoint: dict[str, Any] | None, overwrite: bool) -> None:
+        pass
+
+    def add(self, name: str, rows: list[tuple[float, float, float]]) -> None:
+        pass
+
+    def save(self, checkpoint: dict[str, Any], best: bool = False) -> None:
+        pass
 
 
 def check_permission(save: Path, directory: Path) -> None:
@@ -301,24 +345,27 @@ def naming(path: Path) -> Iterator[None]:
 
 # --- around the training ----------------------------------------------------------------------------------------
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
     """What a run's last bits depend on, besides its flags."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {"device": name, "threads": torch.get_num_threads(),
             "cpuCapability": torch.backends.cpu.get_cpu_capability(),
-            "precision": f"float32, products {torch.get_float32_matmul_precision()}",
+            "precision": precision, "processes": processes,
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__), "numpy": np.__version__,
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None}
 
 
-def restore_environment(saved: dict[str, Any], device: torch.device) -> None:
-    """Sets the run's thread count, and warns of each other difference."""
-    if isinstance(saved.get("threads"), int) and saved["threads"] > 0:
-        torch.set_num_threads(saved["threads"])
-    for name, value in environment(device).items():
+def restore_environment(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Sets the run's thread count, and warns of each other difference. -> the environment as it is then"""
+    threads = saved.get("threads")
+    if isinstance(threads, int) and threads > 0 and saved.get("processes") == now["processes"]:
+        torch.set_num_threads(threads)
+    now = now | {"threads": torch.get_num_threads()}
+    for name, value in now.items():
         if value != saved.get(name):
             warn(f"{name} is {value}, the run had {saved.get(name)}: it continues, but not to the same last bits")
+    return now
 
 
 class Stopped(KeyboardInterrupt):
@@ -353,6 +400,173 @@ class Signals:
         if self.received is not None:
             raise Stopped
 
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+class Elsewhere(Exception):
+    """Another process failed, and tells of it."""
+
+
+class Processes:
+    """The processes that torchrun has started for one training; without it one, and no process group.
+
+    All processes call each method at the same point, or they would wait for each other for ever.
+    """
+
+    def __init__(self):
+        """Raises ValueError for an environment that torchrun does not make."""
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        if "MASTER_ADDR" in os.environ:  # or it is not torchrun's, and not for us
+            variables = {name: os.environ.get(name, "") for name in variables}
+        if bad := [f"{name}={value}" for name, value in variables.items() if not value.isdecimal()]:
+            raise ValueError(f"the environment has {bad[0]}; several processes are started by torchrun")
+        self.rank, self.size, self.localRank, self.localSize = map(int, variables.values())
+        self.first = self.rank == 0
+        self.connected = False
+        self.stop: tuple[dist.Work, torch.Tensor] | None = None
+
+    def start(self, device: torch.device) -> None:
+        if self.size > 1:
+            store = next(dist.rendezvous("env://"))[0]
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    store=dist.PrefixStore(self.agree_on_prefix(store), store), rank=self.rank,
+                                    world_size=self.size, device_id=device if device.type == "cuda" else None)
+            self.connected = True
+
+    def agree_on_prefix(self, store: dist.Store) -> str:
+        """A new name for this start's keys: after a restart torchrun's store still has those of the processes before,
+        and who reads them waits for a dead one (pytorch #135712). What others left cannot answer one's own number."""
+        own = secrets.token_hex(8)
+        store.set(f"hello {self.rank}", own)
+        if not self.first:
+            prefix = store.get(f"answer {own}").decode()  # waits for it
+            store.set(f"{prefix} {self.rank}", "seen")
+            return prefix
+        for rank in range(1, self.size):
+            while not store.check([f"{own} {rank}"]):
+                store.set(f"answer {store.get(f'hello {rank}').decode()}", own)
+                time.sleep(0.01)
+        return own
+
+    def end(self) -> None:
+        """After success or a stop; after a failure the others may be gone already."""
+        if self.stop:
+            self.stop[0].wait()
+        if self.connected:
+            dist.destroy_process_group()
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """What the function gives in each process. If one fails, all do: the first with the message, others Elsewhere.
+        """
+        if self.size == 1:
+            return function()
+        result = message = None
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, message)
+        failed = next((rank for rank in range(self.size) if messages[rank] is not None), None)
+        if failed is not None:
+            raise RunError(f"{f'process {failed}: ' * (failed > 0)}{messages[failed]}") if self.first else Elsewhere
+        return result
+
+    def from_first(self, function: Callable[[], Any]) -> Any:
+        """What the function gives in the first process, which alone calls it, in all of them."""
+        result = [self.together(function if self.first else lambda: None)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, device=torch.device("cpu"))
+        return result[0]
+
+    def one_by_one(self, function: Callable[[], Any]) -> Any:
+        """As ``together``, but one process of each machine comes first: the others find what it has downloaded."""
+        early = self.together(function if self.localRank == 0 else lambda: None)
+        return self.together((lambda: early) if self.localRank == 0 else function)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """Averages the gradients while the backward pass goes on. Batch statistics stay each process's own."""
+        if self.size == 1:
+            return net
+        ddp = nn.parallel.DistributedDataParallel
+        names = inspect.signature(ddp).parameters  # torch 2.15 renamed it
+        no_sync = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 weights: the bytes' order is the same
+        return ddp(net, gradient_as_bucket_view=True, **no_sync)
+
+    def share_buffers(self, net: nn.Module) -> None:
+        """The first process's running statistics in all: for an evaluation, and as those of the checkpoint."""
+        if self.size > 1:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+
+    def check(self, signals: Signals) -> None:
+        """As ``signals.check``, for a signal that came to any process; in all of them after the same step.
+
+        Each tells the others without waiting, and reads what they told a step ago.
+        """
+        if self.size == 1:
+            return signals.check()
+        if self.stop:
+            work, number = self.stop
+            work.wait()
+            if number.item():
+                signals.received = int(number)
+                raise Stopped
+        number = torch.tensor(signals.received or 0)
+        self.stop = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True), number
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the statistics of all processes' images, on any device (torch's refuses CPU tensors)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.numel() // x.shape[1]
+        var, mean = (v.double() for v in torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0))
+        sums = torch.cat((mean * n, (var + mean.square()) * n, mean.new_tensor([n])))  # double: squares lose nothing
+        *sums, m = AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
+        mean, var = sums[0] / m, sums[1] / m - (sums[0] / m).square()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * m / (m - 1)).to(self.running_var.dtype), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        scale, shift = ((v.to(self.weight.dtype)[:, None, None]) for v in (scale, self.bias - mean * scale))
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    @staticmethod
+    def replace_all(net: nn.Module) -> None:
+        """Before an optimizer takes the parameters."""
+        for module in [*net.modules()]:
+            for name, norm in module.named_children():
+                if type(norm) is nn.BatchNorm2d:
+                    new = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
+                    new.load_state_dict(norm.state_dict())
+                    setattr(module, name, new)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over all processes; as every one of them reads it, so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad.contiguous())
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
 
 class Plotter:
     """plot.py in the background, one at a time; if it fails, that is said once and it is not tried again."""

@@ -2,7 +2,7 @@
 """Trains a DenseNet: ./train.py [flags] writes train.csv, test.csv, run.json, latest.pth and figures to --save.
 
 Without flags: the paper's DenseNet-BC (L=100, k=12) on CIFAR-10 with crop and flip, 300 epochs, on the GPU if there is
-one. ./train.py --help lists the flags; ./plot.py draws the CSVs again at any time.
+one; on several: torchrun --nproc-per-node=4 train.py [flags]. ./plot.py draws the CSVs again at any time.
 """
 
 import signal
@@ -11,28 +11,37 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports
 
 import argparse
+import contextlib
+import copy
+import functools
 import math
 import os
 import shlex
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import setproctitle
 import torch
 import torch.nn.functional as F
+import torchvision
 from tqdm import tqdm
 
 import data
 import densenet
-from runs import Plotter, Run, RunError, Signals, Stopped, environment, restore_environment, tell
+import runs
+from runs import Plotter, Processes, Run, RunError, Signals, Stopped
 
+ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
 EFFICIENT = {"yes": True, "no": False, "max": "max"}
-EVALUATION_BATCH = 250  # images; without gradients they take little memory
+EPOCHS = {"svhn": 40}  # the paper's; 300 on the others
+IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which torchvision's weights were trained with
+EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # images; without gradients they take little memory
 PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
 OF_THE_COMMAND = ("save", "no_plot", *PER_SESSION)  # never taken from a saved run
+OF_THE_NETWORK = ("growthRate", "depth", "reduction", "no_bottleneck", "initChannels")  # --arch sets them
 MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
 
 
@@ -68,13 +77,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=("cifar10",), default="cifar10", help="default: %(default)s")
+    group.add_argument("--dataset", choices=data.DATASETS, default="cifar10",
+                       help="folder: images in DIR/train/CLASS, and DIR/test/CLASS or DIR/val/CLASS (default: "
+                            "%(default)s)")
     group.add_argument("--data", metavar="DIR", type=path, default="data",
                        help="the data set's folder or its parent; downloaded there if missing (default: %(default)s)")
+    group.add_argument("--classes", metavar="NAME", nargs="+", default=None,
+                       help="train and test on these classes only, as cat dog (default: all)")
+    group.add_argument("--valSize", metavar="N", type=number(int, 0, 10**9), default=0,
+                       help="training images held out for validation, an equal share of each class: val.csv, and the "
+                            "test set is used once, at the end, with the best epoch's weights (default: none, test "
+                            "after each epoch)")
+    group.add_argument("--imageSize", metavar="S", type=number(int, 1, 4096), default=None,
+                       help="height and width in pixels that a folder's images are brought to (default: 32; with "
+                            "--arch 224)")
+    group.add_argument("--extra", action="store_true", help="train on SVHN's extra images, too")
     group.add_argument("--no-augment", action="store_true",
-                       help="no random crop (4 pixels of padding) and no random flip of training images")
+                       help="no random crop (an eighth of the size as padding) and no random flip of training images; "
+                            "with svhn always: digits must not be flipped")
 
     group = parser.add_argument_group("network (default: DenseNet-BC, L=100, k=12: 769,162 parameters)")
+    group.add_argument("--arch", choices=ARCHS, default=None, help="one of ImageNet's networks, for images of 224x224")
+    group.add_argument("--pretrained", action="store_true",
+                       help="start --arch from torchvision's ImageNet weights (downloaded), but for the classifier")
     group.add_argument("--growthRate", metavar="K", type=number(int, 1, 4096), default=12,
                        help="k, the channels that each layer adds (default: %(default)s)")
     group.add_argument("--depth", metavar="L", type=number(int, 1, 4096), default=100,
@@ -95,8 +120,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
-                       help="images a step (default: %(default)s)")
-    group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=300, help="default: %(default)s")
+                       help="images a step, over all processes (default: %(default)s)")
+    group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=None,
+                       help="default: 300; svhn 40")
     group.add_argument("--opt", choices=tuple(LEARNING_RATE), default="sgd",
                        help="sgd: momentum 0.9, the rate falls to a tenth at 1/2 and a hundredth at 3/4 of the epochs; "
                             "adam, rmsprop: constant rate (default: %(default)s)")
@@ -107,6 +133,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="L2 penalty on all parameters (default: %(default)s)")
     group.add_argument("--no-nesterov", action="store_true", help="plain momentum with --opt sgd")
     group.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1, help="default: %(default)s")
+    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                       help="of products and activations; statistics, loss and weights are always float32. tf32: "
+                            "products of 10-bit mantissas, on a GPU; bf16: bfloat16 (default: %(default)s)")
+    group.add_argument("--syncBN", action="store_true",
+                       help="batch norm by the statistics of all processes' images (default: of each one's own)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--save", metavar="DIR", type=path, default=None,
@@ -121,6 +152,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     group.add_argument("--deterministic", action="store_true",
                        help="the same numbers each time on a GPU too, where it is slower; a CPU always gives them")
+    group.add_argument("--no-graph", action="store_true",
+                       help="launch a GPU's operations one by one, not each step as one CUDA graph")
     group.add_argument("--no-plot", action="store_true", help="do not run plot.py after each epoch")
     return parser
 
@@ -139,22 +172,40 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
         raise ValueError("--evaluate does not train; give it without --resume and --overwrite")
     if args.no_cuda and args.device not in (None, "cpu"):
         raise ValueError(f"--no-cuda contradicts --device {args.device}; give one of them")
+    if args.pretrained and not args.arch:
+        raise ValueError(f"--pretrained takes --arch; valid are {', '.join(ARCHS)}")
+    for name in OF_THE_NETWORK if args.arch else ():
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"{flag(name, getattr(args, name))} contradicts --arch {args.arch}; give one of them")
+    if args.dataset != "folder" and args.imageSize:
+        raise ValueError(f"--imageSize {args.imageSize}: --dataset {args.dataset} has its own size; valid with folder")
+    if args.dataset != "svhn" and args.extra:
+        raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
+    if args.dataset == "folder":
+        args.imageSize = args.imageSize or (224 if args.arch else 32)
+    args.no_augment |= args.dataset == "svhn"
+    args.nEpochs = args.nEpochs or EPOCHS.get(args.dataset, 300)
     args.lr = args.lr or LEARNING_RATE[args.opt]
     args.save = args.save or f"work/{args.dataset}.base"
     return args, given
 
 
-def flag(name: str, value: Any) -> str:
-    """As on a command line: --depth=40, --no-cuda, or nothing for a flag that is not set."""
+def words(name: str, value: Any) -> list[str]:
+    """As on a command line: --depth=40, --no-cuda, --classes cat dog, or nothing for a flag that is not set."""
     if value is None or value is False:
-        return ""
-    return f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        return []
+    name = f"--{name.replace('_', '-')}"
+    return [name, *value] if isinstance(value, list) else [name if value is True else f"{name}={value}"]
+
+
+def flag(name: str, value: Any) -> str:
+    return " ".join(words(name, value))
 
 
 def saved_args(about: dict[str, Any], save: str) -> argparse.Namespace:
     """The flags of a saved run, tested like those of a command line; those it does not know have their default."""
     try:
-        return parse_args([text for name, value in about["flags"].items() if (text := flag(name, value))])[0]
+        return parse_args([word for name, value in about["flags"].items() for word in words(name, value)])[0]
     except ValueError as error:
         raise RunError(f"{save} holds a run with flags that this train.py does not take ({error})") from None
 
@@ -179,24 +230,39 @@ def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argpars
     return argparse.Namespace(**merged)
 
 
-def pick_device(args: argparse.Namespace) -> torch.device:
+def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
         torch.backends.cudnn.benchmark = False
+    tf32 = args.precision == "tf32"  # cuDNN's own default is True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    device = choose_device(args, processes)
+    if args.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
+    return device
+
+
+def choose_device(args: argparse.Namespace, processes: Processes) -> torch.device:
     gpus = torch.cuda.device_count()  # without touching any
+    if processes.size > 1 and (args.device or "cuda") == "cuda" and gpus and not args.no_cuda:
+        if gpus < processes.localSize:
+            raise ValueError(f"--nproc-per-node {processes.localSize} is more than the {gpus} GPUs here; valid is at "
+                             "most that, or any number with --no-cuda")
+        return torch.device("cuda", processes.localRank)
     if args.device is None:
-        return torch.device("cuda" if gpus and not args.no_cuda else "cpu")
+        return torch.device("cuda:0" if gpus and not args.no_cuda else "cpu")
     valid = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
     if torch.backends.mps.is_available():
         valid.append("mps")
     if args.device not in valid:
         raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
-    return device
+    if processes.size > 1 and args.device != "cpu":
+        raise ValueError(f"--device {args.device} for {processes.size} processes; valid are cpu, cuda")
+    return torch.device("cuda:0" if args.device == "cuda" else args.device)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -208,18 +274,21 @@ def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
     return lr / 100 if 4 * (epoch - 1) >= 3 * nEpochs else lr / 10 if 2 * (epoch - 1) >= nEpochs else lr
 
 
-def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(growthRate=args.growthRate, depth=args.depth, reduction=args.reduction,
-                bottleneck=not args.no_bottleneck, dropRate=args.dropRate, initChannels=args.initChannels,
-                efficient=EFFICIENT[args.efficient])
+def make_net(args: argparse.Namespace, **more) -> densenet.DenseNet:
+    more |= dict(dropRate=args.dropRate, efficient=EFFICIENT[args.efficient])
+    if args.arch:
+        return getattr(densenet, args.arch)(**more)
+    return densenet.DenseNet(args.growthRate, args.depth, args.reduction, bottleneck=not args.no_bottleneck,
+                             initChannels=args.initChannels, **more)
 
 
 def check_network(args: argparse.Namespace, device: torch.device) -> None:
     """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
     with torch.device("meta"):  # sizes alone
-        net = densenet.DenseNet(**network_arguments(args))
-    # weights, gradients and momentum; the first block's output for a batch of 32x32 images, and its gradient
-    needed = 12 * count(net) + 8 * args.batchSz * 32 * 32 * net.trans1.bn1.num_features
+        net = make_net(args)
+    side = (args.imageSize or 32) // (4 if args.arch else 1)
+    # weights, gradients and momentum; the first block's output for a batch, and its gradient
+    needed = 12 * count(net) + 8 * args.batchSz * side**2 * net.trans1.bn1.num_features
     available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
                  else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > available:
@@ -229,13 +298,18 @@ def check_network(args: argparse.Namespace, device: torch.device) -> None:
 
 def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, device: torch.device,
                            checkpoint: dict[str, Any] | None) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
-    """New from --seed, or as the checkpoint has them."""
+    """New from --seed or torchvision's weights, or as the checkpoint has them."""
     torch.manual_seed(args.seed)  # before anything is drawn; on the CPU, so alike for every device
-    net = densenet.DenseNet(nClasses=len(images.classes), inChannels=images.images.shape[1], **network_arguments(args))
+    net = make_net(args, nClasses=len(images.classes), inChannels=images.images.shape[1])
+    if args.pretrained and not checkpoint:
+        net.load_torchvision(pretrained_weights(args.arch), classifier=False)
+    if args.syncBN:
+        runs.SyncBatchNorm2d.replace_all(net)
     net.to(device)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
-    momentum = dict(momentum=0.9, nesterov=not args.no_nesterov) if args.opt == "sgd" else {}
-    optimizer = kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **momentum)
+    more = (dict(momentum=0.9, nesterov=not args.no_nesterov) if args.opt == "sgd"
+            else dict(capturable=device.type == "cuda"))  # its step count is a tensor on the GPU
+    optimizer = kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **more)
     if checkpoint:
         try:
             net.load_state_dict(checkpoint["model"])
@@ -243,51 +317,142 @@ def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, devi
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(f"the checkpoint in {args.save} does not fit its own flags: its weights are those of "
                            "another network") from error
+        for group in optimizer.param_groups:
+            group |= more  # the device may be another one now
     return net, optimizer
+
+
+def pretrained_weights(arch: str) -> dict[str, torch.Tensor]:
+    """Raises ValueError if they are neither in torch's cache nor can be downloaded."""
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    try:
+        with data.quiet_download():
+            return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--pretrained: the weights of {arch} are not in {torch.hub.get_dir()}/checkpoints, and their "
+                         f"download failed ({error}); put {weights.url.rsplit('/')[-1]} there") from None
 
 
 def count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def train_step(net, optimizer, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-> the batch's mean loss and its error in percent, on the device: reading them would wait for it"""
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    if precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a CUDA graph must cast anew each time
+
+
+def train_step(net, optimizer, precision: str, images: torch.Tensor, labels: torch.Tensor,
+               share: float) -> torch.Tensor:
+    """-> the batch's mean loss and its error in percent, on the device: reading them would wait for it
+
+    ``share`` is the whole batch's size over the number of processes, so that their mean gradient is the batch's, even
+    where one has an image more than another. Loss and error are such that their mean is the batch's, too.
+    """
     optimizer.zero_grad(set_to_none=True)
-    output = net(images)
-    loss = F.nll_loss(output, labels)
+    with autocast(images.device, precision):
+        output = net(images)
+    loss = F.nll_loss(output, labels, reduction="sum") / share
     loss.backward()
     optimizer.step()
-    return torch.stack((loss.detach(), (output.detach().argmax(1) != labels).float().mean() * 100))
+    return torch.stack((loss.detach(), (output.detach().argmax(1) != labels).sum() * 100 / share))
 
 
-def train_epoch(net, optimizer, batches: data.Batches, args, epoch: int, run: Run, signals: Signals) -> list[float]:
+class GraphedStep:
+    """``train_step`` with its thousands of kernels as one CUDA graph, launched at the price of one.
+
+    A graph has fixed shapes and a fixed rate: a batch of another size runs eagerly, another rate is captured anew.
+    """
+
+    def __init__(self, net, optimizer, precision: str, batchSz: int):
+        self.net, self.optimizer, self.precision, self.batchSz = net, optimizer, precision, batchSz
+        self.rate: float | None = None
+        self.graph = None
+        self.possible = True
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+        if len(images) != self.batchSz or not self.possible:
+            return train_step(self.net, self.optimizer, self.precision, images, labels, share)
+        if self.rate != (rate := self.optimizer.param_groups[0]["lr"]):
+            self.images, self.labels, self.rate, self.graph = images.clone(), labels.clone(), rate, None
+            try:
+                self.warm_up()
+                self.graph = self.capture()
+            except RuntimeError as error:
+                self.possible = False
+                runs.warn(f"no CUDA graph, each step is launched operation by operation: {str(error).splitlines()[0]}")
+                return self(images, labels, share)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.result.clone()
+
+    def step(self) -> None:
+        self.result = train_step(self.net, self.optimizer, self.precision, self.images, self.labels, self.batchSz)
+
+    def state(self) -> list[torch.Tensor]:
+        """All that a step changes."""
+        moments = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        return [*self.net.parameters(), *self.net.buffers(), *moments]
+
+    def warm_up(self) -> None:
+        """Three steps, as capturing needs them: libraries choose their kernels, the optimizer makes its state. Then all
+        is as it was; state that was not there before is zero, which SGD, Adam and RMSprop begin with."""
+        before = {tensor: tensor.detach().clone() for tensor in self.state()}
+        with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+            for _ in range(3):
+                self.on_side_stream()
+        with torch.no_grad():
+            for tensor in self.state():
+                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+
+    def on_side_stream(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """A capture runs nothing: it only records."""
+        self.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's own memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+
+def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, signals: Signals,
+                processes: Processes) -> list[float]:
     """-> the epoch's mean loss and error in percent; a row an iteration goes to train.csv.
 
     Raises:
         FloatingPointError: if a loss is not finite.
         Stopped: at the end of the step in which a signal came.
     """
-    net.train()
-    torch.manual_seed(data.epoch_seed(args.seed, epoch))  # for dropout
-    random = data.draw(batches.n, args.seed, epoch)
-    stream = batches.plain(args.batchSz, random.order) if args.no_augment else batches.augmented(random, args.batchSz)
-    n = math.ceil(batches.n / args.batchSz)
+    torch.manual_seed(data.epoch_seed(args.seed, epoch * processes.size + processes.rank))  # for dropout
+    random = data.draw(batches.n, args.seed, epoch, batches.padding)
+    stream = (batches.plain(args.batchSz, random.order, processes.rank, processes.size) if args.no_augment
+              else batches.augmented(random, args.batchSz, processes.rank, processes.size))
+    sizes = data.batch_sizes(batches.n, args.batchSz, processes.size)
+    n = len(sizes)
     read_every = 1 if batches.device.type == "cpu" else math.ceil(n / 8)  # a read waits for the GPU
-    pending, sizes, total = [], [], np.zeros(2)
-    with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False, disable=None) as bar:
+    pending, total = [], np.zeros(2)
+    with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False,
+              disable=None if processes.first else True) as bar:
         for i, (images, labels) in enumerate(stream, 1):
-            pending.append(train_step(net, optimizer, images, labels))
-            sizes.append(len(labels))
-            signals.check()
+            pending.append(step(images, labels, sizes[i - 1] / processes.size))
+            processes.check(signals)
             bar.update()
             if len(pending) == read_every or i == n:
-                values = torch.stack(pending).tolist()
-                check_finite(values, epoch, i - len(values) + 1)
-                run.add("train.csv", [(epoch - 1 + j / n, *v) for j, v in enumerate(values, i - len(values))])
-                total += np.array(sizes) @ np.array(values)
-                bar.set_postfix(rate=f"{optimizer.param_groups[0]['lr']:g}", loss=f"{values[-1][0]:.3f}",
-                                error=f"{values[-1][1]:.1f}%", refresh=False)
-                pending, sizes = [], []
+                values = (processes.sum(torch.stack(pending)) / processes.size).tolist()
+                first = i - len(values)  # of these iterations, from 0
+                check_finite(values, epoch, first + 1)
+                run.add("train.csv", [(epoch - 1 + j / n, *v) for j, v in enumerate(values, first)])
+                total += np.array(sizes[first:i]) @ np.array(values)
+                bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
+                pending = []
     return (total / batches.n).tolist()
 
 
@@ -303,17 +468,21 @@ def last_good(epoch: int) -> str:
 
 
 @torch.no_grad()
-def evaluate(net, batches: data.Batches, signals: Signals) -> list[float]:
-    """-> mean loss and error in percent over all images"""
+def evaluate(net, batches: data.Batches, precision: str, signals: Signals, processes: Processes) -> list[float]:
+    """-> mean loss and error in percent over all images, of which each process takes its share"""
     net.eval()
     total = torch.zeros(2, dtype=torch.float32 if batches.device.type == "mps" else torch.float64,
                         device=batches.device)
-    for images, labels in batches.plain(EVALUATION_BATCH):
-        output = net(images)
+    batchSz = EVALUATION_BATCH.get(batches.device.type, 250)
+    for images, labels in batches.plain(batchSz, None, processes.rank, processes.size):
+        with autocast(images.device, precision):
+            output = net(images)
         total[0] += F.nll_loss(output, labels, reduction="sum")
         total[1] += (output.argmax(1) != labels).sum() * 100
-        signals.check()
-    return (total / batches.n).tolist()
+        if processes.size == 1:  # several stop together, at the next step
+            signals.check()
+    net.train()
+    return (processes.sum(total) / batches.n).tolist()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------
@@ -339,80 +508,142 @@ def find_saved(run: Run, args: argparse.Namespace, given: dict[str, Any]):
     return resumed_args(args, given, saved), about, checkpoint
 
 
-def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, device: torch.device, net: densenet.DenseNet,
-                 trainSet: data.ImageSet, testSet: data.ImageSet) -> dict[str, Any]:
+class Sets(NamedTuple):
+    train: data.ImageSet
+    val: data.ImageSet | None
+    test: data.ImageSet
+
+
+def load_sets(args: argparse.Namespace) -> Sets:
+    """Raises ValueError for data that are missing, damaged or not enough."""
+    train, test = data.load(args.dataset, args.data, extra=args.extra, imageSize=args.imageSize or 32)
+    if args.classes:
+        train, test = (data.select_classes(images, args.classes) for images in (train, test))
+    if args.pretrained:  # its first convolution reads three channels
+        train, test = (s._replace(images=s.images.expand(-1, 3, -1, -1)) for s in (train, test))
+    val = None
+    if args.valSize:
+        train, val = data.hold_out(train, args.valSize, args.seed)
+    if args.batchSz > len(train.images):
+        raise ValueError(f"--batchSz {args.batchSz} is more than the {len(train.images)} training images")
+    return Sets(train, val, test)
+
+
+def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, now: dict[str, Any], net: densenet.DenseNet,
+                 sets: Sets) -> dict[str, Any]:
     """What run.json tells, and every checkpoint; of a saved run, but for the flags, as it was.
 
     Raises:
         RunError: if these are not the images of the saved run.
     """
-    mean, std = data.mean_and_std(trainSet.images)
+    mean, std = IMAGENET_MEAN_AND_STD if args.pretrained else data.mean_and_std(sets.train.images)
     about = {"format": 1, "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},
-             "scheduleEpochs": args.nEpochs, "environment": environment(device), "arguments": net.arguments,
-             "parameters": count(net), "mean": mean, "std": std, "classes": trainSet.classes,
-             "trainImages": len(trainSet.images), "testImages": len(testSet.images)}
+             "scheduleEpochs": args.nEpochs, "environment": now, "arguments": net.arguments,
+             "parameters": count(net), "mean": mean, "std": std, "classes": sets.train.classes,
+             "trainImages": len(sets.train.images), "valImages": len(sets.val.images) if sets.val else 0,
+             "testImages": len(sets.test.images)}
     if saved is None:
         return about
-    same = [about[name] == saved.get(name) for name in ("classes", "trainImages", "testImages")]
+    same = [about[name] == saved.get(name) for name in ("classes", "trainImages", "valImages", "testImages")]
     if not all(same) or not np.allclose(mean + std, saved["mean"] + saved["std"], rtol=0, atol=1e-9):
         raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
     return about | {name: saved[name] for name in ("scheduleEpochs", "environment", "mean", "std")}
 
 
-def fit(args: argparse.Namespace, saved: dict[str, Any] | None, checkpoint: dict[str, Any] | None, run: Run,
-        plotter: Plotter, signals: Signals) -> dict[str, Any]:
-    """Trains from the checkpoint to the last epoch; -> its number, its test result and the best one.
+def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None,
+        checkpoint: dict[str, Any] | None, run: Run, plotter: Plotter, signals: Signals,
+        processes: Processes) -> dict[str, Any]:
+    """Trains from the checkpoint to the last epoch; -> its number, its results and the best one.
 
     Whatever is refused is refused before ``signals.writing``.
     """
-    device = pick_device(args)
+    now = runs.environment(device, args.precision, processes.size)
     if saved:
-        restore_environment(saved["environment"], device)
-    check_network(args, device)  # before a download
-    sets = data.load(args.dataset, args.data)
-    if args.batchSz > len(sets[0].images):
-        raise ValueError(f"--batchSz {args.batchSz} is more than the {len(sets[0].images)} training images")
-    net, optimizer = make_net_and_optimizer(args, sets[0], device, checkpoint)
-    about = describe_run(args, saved, device, net, *sets)
-    progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "test", "best")}
+        now = runs.restore_environment(saved["environment"], now)
+    processes.together(lambda: check_network(args, device))  # before a download
+    sets = processes.one_by_one(lambda: load_sets(args))
+    net, optimizer = processes.one_by_one(lambda: make_net_and_optimizer(args, sets.train, device, checkpoint))
+    about = processes.together(lambda: describe_run(args, saved, now, net, sets))
+    progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "val", "test", "best")}
 
-    run.lock()
+    processes.from_first(run.lock)
     signals.writing = True
-    run.begin(about, checkpoint["csvLengths"] if checkpoint else {}, args.overwrite)
+    processes.from_first(lambda: run.begin(about, checkpoint, args.overwrite))
     setproctitle.setproctitle(f"train.py {args.save}")
-    print(f"{args.save}: L={args.depth} k={args.growthRate}, {count(net):,} parameters, "
-          f"{about['environment']['device']}, {about['trainImages']:,} training and {about['testImages']:,} test "
-          "images", flush=True)
-    trainBatches, testBatches = (data.Batches(s, about["mean"], about["std"], device) for s in sets)
+    say(f"{args.save}: {args.arch or f'L={args.depth} k={args.growthRate}'}, {count(net):,} parameters, "
+        f"{about['environment']['device']}{f' x {processes.size}' * (processes.size > 1)}, "
+        f"{about['trainImages']:,} training and {about['testImages']:,} test images")
+    if device.type == "cuda" and processes.size == 1 and torch.cuda.device_count() > 1 and not args.device:
+        say(f"there are {torch.cuda.device_count()} GPUs here and this process uses one; for all of them: torchrun "
+            f"--nproc-per-node={torch.cuda.device_count()} train.py ...")
+    train, val, test = (s and data.Batches(s, about["mean"], about["std"], device) for s in sets)
+    step = make_step(args, processes.wrap(net), optimizer, device, processes)
     for epoch in range((progress["epoch"] or 0) + 1, args.nEpochs + 1):
         start = time.perf_counter()
         rate = learning_rate(args.opt, args.lr, epoch, about["scheduleEpochs"])
         for group in optimizer.param_groups:
             group["lr"] = rate
-        trainLoss, trainError = train_epoch(net, optimizer, trainBatches, args, epoch, run, signals)
-        loss, error = evaluate(net, testBatches, signals)
+        trainLoss, trainError = train_epoch(step, train, args, epoch, run, signals, processes)
+        processes.share_buffers(net)
+        name = "val" if val else "test"
+        loss, error = evaluate(net, val or test, args.precision, signals, processes)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the test loss is {loss} after epoch {epoch}; {last_good(epoch)}")
-        run.add("test.csv", [(epoch, loss, error)])
-        if epoch == 1 or error < progress["best"]["error"]:
+            raise FloatingPointError(f"the {name} loss is {loss} after epoch {epoch}; {last_good(epoch)}")
+        run.add(f"{name}.csv", [(epoch, loss, error)])
+        is_best = epoch == 1 or error < progress["best"]["error"]
+        if is_best:
             progress["best"] = {"error": error, "epoch": epoch}
-        progress |= {"epoch": epoch, "test": {"loss": loss, "error": error}}
-        run.save(about | progress | {"model": net.state_dict(), "optimizer": optimizer.state_dict()})
-        print(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  test "
-              f"loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s", flush=True)
+        progress |= {"epoch": epoch, "test": None, name: {"loss": loss, "error": error}}
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+        processes.from_first(lambda: run.save(about | progress | state, best=val is not None and is_best))  # noqa: B023
+        say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  {name} "
+            f"loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
         plotter.start()
-        signals.check()
+        processes.check(signals)
+    if not progress["test"]:
+        progress["test"] = test_best(args, net, optimizer, test, about | progress, run, signals, processes)
     return progress
 
 
-def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals) -> None:
+def make_step(args: argparse.Namespace, net, optimizer, device: torch.device, processes: Processes):
+    """-> the function that takes images, labels and share, and trains on them"""
+    net.train()
+    if device.type == "cuda" and processes.size == 1 and not args.no_graph:
+        return GraphedStep(net, optimizer, args.precision, args.batchSz)
+    return functools.partial(train_step, net, optimizer, args.precision)
+
+
+def test_best(args: argparse.Namespace, net: densenet.DenseNet, optimizer, test: data.Batches,
+              about: dict[str, Any], run: Run, signals: Signals, processes: Processes) -> dict[str, float]:
+    """The one use of the test set in a run with validation: with the weights of the best epoch."""
+    epoch = about["best"]["epoch"]
+    last = copy.deepcopy(net.state_dict())
+    net.load_state_dict(processes.from_first(lambda: run.read_best(epoch)["model"]))
+    loss, error = evaluate(net, test, args.precision, signals, processes)
+    run.add("test.csv", [(epoch, loss, error)])
+    about["test"] = {"loss": loss, "error": error}
+    processes.from_first(lambda: run.save(about | {"model": last, "optimizer": optimizer.state_dict()}))
+    return about["test"]
+
+
+def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, processes: Processes) -> None:
     """The whole run, or what is left of it."""
-    with Run(args.save) as run:
-        args, saved, checkpoint = find_saved(run, args, given)
-        plotter = Plotter(args.save, enabled=not args.no_plot)
-        is_done = checkpoint and checkpoint["epoch"] >= args.nEpochs
+    if args.batchSz % processes.size:
+        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {processes.size} processes; valid are its "
+                         "multiples")
+    if args.syncBN and processes.size == 1:
+        raise ValueError("--syncBN: there is one process; valid when torchrun starts several")
+    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ValueError("--overwrite would replace what was trained before this restart; restart with --resume")
+    device = pick_device(args, processes)
+    processes.start(device)
+    with (Run if processes.first else runs.Bystander)(args.save) as run:
+        args, saved, checkpoint = processes.from_first(lambda: find_saved(run, args, given))
+        plotter = Plotter(args.save, enabled=not args.no_plot and processes.first)
+        is_done = checkpoint and checkpoint["epoch"] >= args.nEpochs and checkpoint["test"]
         try:
-            result = checkpoint if is_done else fit(args, saved, checkpoint, run, plotter, signals)
+            result = (checkpoint if is_done
+                      else fit(args, device, saved, checkpoint, run, plotter, signals, processes))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
@@ -420,49 +651,67 @@ def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals) -> 
                               "one, or with --efficient max, needs less") from error
         plotter.start()
         plotter.finish()
-        print(f"final test error {result['test']['error']:.2f}%, best {result['best']['error']:.2f}% (epoch "
-              f"{result['best']['epoch']}) after {result['epoch']} epochs; everything is in {args.save}", flush=True)
+        error, best = result["test"]["error"], result["best"]
+        what = (f"test error {error:.2f}% with the weights of epoch {best['epoch']}, the best in validation with "
+                f"{best['error']:.2f}%," if args.valSize else
+                f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})")
+        say(f"{what} after {result['epoch']} epochs; everything is in {args.save}")
 
 
-def evaluate_checkpoint(args: argparse.Namespace, signals: Signals) -> None:
-    device = pick_device(args)
+def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], signals: Signals,
+                        processes: Processes) -> None:
+    """Of the flags that choose images, those that are not given are the checkpoint's."""
+    if processes.size > 1:
+        raise ValueError("--evaluate is for one process; start it without torchrun")
+    device = pick_device(args, processes)
+    checkpoint = densenet.read_checkpoint(args.evaluate)
     net = densenet.load(args.evaluate, device)
-    _, testSet = data.load(args.dataset, args.data)
-    if testSet.classes != net.classes:
-        raise ValueError(f"--data {args.data} has the classes {testSet.classes}, the checkpoint {net.classes}")
-    batches = data.Batches(testSet, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
-    loss, error = evaluate(net, batches, signals)
-    print(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images", flush=True)
+    for name in ("dataset", "data", "classes", "imageSize", "pretrained", "precision"):
+        if name not in given:
+            setattr(args, name, checkpoint.get("flags", {}).get(name, getattr(args, name)))
+    args.valSize, args.batchSz = 0, 1
+    test = load_sets(args).test
+    if test.classes != net.classes:
+        raise ValueError(f"--data {args.data} has the classes {test.classes}, the checkpoint {net.classes}")
+    batches = data.Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
+    loss, error = evaluate(net, batches, args.precision, signals, processes)
+    say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 refused before anything was written, 1 failed later, 128 + n stopped by signal n"""
+    processes = None
     with Signals() as signals:
         try:
+            processes = Processes()
             args, given = parse_args(argv)
             if args.evaluate:
-                evaluate_checkpoint(args, signals)
+                evaluate_checkpoint(args, given, signals, processes)
             else:
-                train(args, given, signals)
+                train(args, given, signals, processes)
+            processes.end()
             return 0
         except SystemExit as stop:  # argparse's, after --help
             return stop.code
         except Stopped:
             status, reason = 128 + signals.received, f"stopped by {signal.Signals(signals.received).name}"
+            processes.end()
+        except runs.Elsewhere:
+            return 1 if signals.writing else 2
         except Exception as error:
-            status, reason = 1 if signals.writing else 2, f"error: {explain(error)}"
+            status, reason = 1 if signals.writing else 2, f"error: {explain(error, processes)}"
             if isinstance(error, (FloatingPointError, MemoryError)):  # as it would go again
-                return complain(reason, status)
+                return complain(reason, status, processes)
         if signals.writing:
             reason += f"; ./train.py --save {shlex.quote(args.save)} --resume continues from the last epoch saved"
-        return complain(reason, status)
+        return complain(reason, status, processes)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, processes: Processes | None) -> str:
     """For what a user can cause or mend; anything else is a fault of the program and is raised again."""
     if isinstance(error, (ValueError, FloatingPointError, MemoryError)):
         return str(error)
@@ -470,11 +719,26 @@ def explain(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, torch.AcceleratorError):
         return str(error).splitlines()[0]
+    if processes and processes.size > 1 and isinstance(error, RuntimeError) and is_of_a_lost_process(error):
+        return "another process has ended"
     raise error
 
 
-def complain(reason: str, status: int) -> int:
-    tell(" ".join(reason.split()))
+def is_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def complain(reason: str, status: int, processes: Processes | None) -> int:
+    """In one line; the first process's alone where all say the same: before they are connected, or stopped."""
+    if processes is None or processes.first:
+        runs.tell(" ".join(reason.split()))
+    elif processes.connected and status in (1, 2):
+        runs.tell(f"process {processes.rank}: {' '.join(reason.split())}")
     return status
 
 

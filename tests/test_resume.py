@@ -524,9 +524,9 @@ def test_the_lock_tells_the_pid_and_ends_with_the_run(flags, half, capfd, monkey
 
 
 def test_a_run_that_another_process_began_in_the_meantime_stays(flags, whole, tmp_path, capfd, monkeypatch):
-    def slow_load(*args):
+    def slow_load(*args, **more):
         shutil.copytree(whole, tmp_path / "run")
-        return load(*args)
+        return load(*args, **more)
 
     load = train.data.load
     monkeypatch.setattr(train.data, "load", slow_load)

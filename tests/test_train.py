@@ -347,7 +347,7 @@ def test_no_augment_shows_the_images_as_they_are(images, tmp_path, monkeypatch):
     seen = {}
     for name, flags in (("plain", ["--no-augment"]), ("augmented", [])):
         batches = seen[name] = []
-        monkeypatch.setattr(train, "train_step", lambda net, opt, x, y, to=batches: (to.append(x), torch.ones(2))[1])
+        monkeypatch.setattr(train, "train_step", lambda *args, to=batches: (to.append(args[3]), torch.ones(2))[1])
         train.main(["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save", str(tmp_path / name)])
     originals = data.load("cifar10", images)[0].images
     mean, std = (torch.tensor(v)[:, None, None] for v in data.mean_and_std(originals))

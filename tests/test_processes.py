@@ -1,0 +1,232 @@
+"""Several processes over gloo on a CPU, started by torchrun as a user starts them."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from common import SMALL, cut_sample, differences
+
+import runs
+import train
+from densenet import DenseNet
+from runs import Elsewhere, Processes, RunError, SyncBatchNorm2d
+
+
+def torchrun(script, *argv, processes=2, restarts=0, **more) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               f"--max-restarts={restarts}", str(script), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}, **more)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """-> what it said; it must have ended well"""
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+def rows(path: Path) -> torch.Tensor:
+    return torch.tensor([[float(v) for v in line.split(",")] for line in path.read_text().splitlines()[1:]],
+                        dtype=torch.float64)
+
+
+# --- in each process of one start --------------------------------------------------------------------------------
+
+def check_sync_batch_norm(processes: Processes) -> None:
+    torch.manual_seed(0)
+    x = 3 + torch.randn(7, 5, 4, 3, dtype=torch.float64)
+    weights, own = torch.randn_like(x), slice(processes.rank, None, processes.size)
+    norms = SyncBatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        norm.bias.data.fill_(0.3)
+    norms[1].load_state_dict(norms[0].state_dict())
+    parts = x[own].clone().requires_grad_(), x.clone().requires_grad_()
+    outs = [norm(part) for norm, part in zip(norms, parts, strict=True)]
+    (outs[0] * weights[own]).sum().backward()
+    (outs[1] * weights).sum().backward()
+    close = dict(rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(outs[0], outs[1][own], **close)
+    torch.testing.assert_close(parts[0].grad, parts[1].grad[own], **close)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(processes.sum(getattr(norms[0], name).grad), getattr(norms[1], name).grad, **close)
+    for name, buffer in norms[1].named_buffers():
+        torch.testing.assert_close(getattr(norms[0], name), buffer, **close)
+    norms[1].load_state_dict(norms[0].state_dict())
+    assert norms[0].eval()(x).equal(norms[1].eval()(x))
+
+
+def check_gradients(processes: Processes, sync: bool) -> None:
+    """Uneven shares: the mean of the processes' gradients is the whole batch's."""
+    torch.manual_seed(0)
+    net = DenseNet(4, 10).double()
+    alone = copy.deepcopy(net)
+    if sync:
+        SyncBatchNorm2d.replace_all(net)
+    images, labels = torch.randn(7, 3, 8, 8, dtype=torch.float64), torch.arange(7)
+    own = slice(processes.rank, None, processes.size)
+    wrapped = processes.wrap(net)
+    loss = F.nll_loss(wrapped(images[own]), labels[own], reduction="sum") / (7 / processes.size)
+    loss.backward()
+    assert net.dense1.last_path == net.dense3.last_path == ("textbook" if sync else "efficient")
+    if sync:
+        F.nll_loss(alone(images), labels).backward()
+    else:  # batch norm sees its own process's images
+        sum(F.nll_loss(alone(images[r::processes.size]), labels[r::processes.size], reduction="sum") / 7
+            for r in range(processes.size)).backward()
+    for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+def check_failures_are_told_once(processes: Processes) -> None:
+    def fail_in(rank):
+        if processes.rank == rank:
+            raise ValueError(f"of {rank}")
+        return processes.rank
+
+    assert processes.together(lambda: fail_in(-1)) == processes.rank
+    assert processes.from_first(lambda: "first's" if processes.first else 1 / 0) == "first's"
+    assert processes.one_by_one(lambda: processes.rank) == processes.rank
+    for rank, call in ((0, processes.together), (1, processes.together), (0, processes.from_first),
+                       (1, processes.one_by_one)):
+        with pytest.raises(RunError if processes.first else Elsewhere) as error:
+            call(lambda rank=rank: fail_in(rank))
+        if processes.first:
+            assert str(error.value) == ("of 0" if rank == 0 else "process 1: of 1")
+
+
+def check_a_signal_to_one_stops_all_at_the_same_step(processes: Processes) -> None:
+    steps = 0
+    with runs.Signals() as signals, pytest.raises(runs.Stopped):
+        signals.writing = True
+        while steps < 10:
+            steps += 1
+            if steps == 3 and processes.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            processes.check(signals)
+    assert (steps, signals.received) == (4, signal.SIGTERM)
+    processes.stop = None
+
+
+def test_parts():
+    out = finished(torchrun(__file__))
+    assert out.count("all right") == 2, out
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return cut_sample(tmp_path_factory.mktemp("data") / "images", train=161)  # 5 steps of 32 and 1 left: it joins them
+
+
+@pytest.fixture(scope="module")
+def argv(images):
+    return ["--data", images, *SMALL, "--no-cuda", "--resume"]
+
+
+def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
+    more = ["--data", cut_sample(tmp_path / "images", train=160), *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
+    out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
+    assert "Warning" not in out and out.count("epoch 4/4") == 1
+    assert train.main([*more, "--save", str(tmp_path / "one")]) == 0
+    one, two = (rows(tmp_path / name / "train.csv") for name in ("one", "two"))
+    assert len(one) == 20
+    assert one[:, 0].equal(two[:, 0])
+    torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-4, atol=0)
+    assert (two[0, 1] - one[0, 1]).abs() < 1e-6  # the CSVs' seven digits
+    for name in ("one", "two"):
+        assert abs(rows(tmp_path / name / "test.csv")[-1, 1] - rows(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")
+def test_a_killed_worker_is_started_again_and_all_ends_the_same(argv, tmp_path):
+    more = [*argv, "--nEpochs", "6", "--dropRate", "0.1"]
+    finished(torchrun(ROOT / "train.py", *more, "--save", tmp_path / "whole"))
+    process = torchrun(ROOT / "train.py", *more, "--save", tmp_path / "killed", restarts=1)
+    wait_for(lambda: has_tested_twice(tmp_path / "killed"), process)
+    os.kill(worker(process.pid), signal.SIGKILL)
+    finished(process)
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert len(rows(tmp_path / "killed" / "train.csv")) == 30
+
+
+def test_sigterm_to_torchrun_stops_all_and_resume_goes_on(argv, tmp_path):
+    process = torchrun(ROOT / "train.py", *argv, "--nEpochs", "300", "--save", tmp_path / "run")
+    wait_for(lambda: has_tested_twice(tmp_path / "run"), process)
+    process.terminate()
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert out.count("stopped by SIGTERM; ./train.py --save") == 1, out
+    assert "train.py\", line" not in out
+    latest = torch.load(tmp_path / "run" / "latest.pth", weights_only=True)
+    assert len(rows(tmp_path / "run" / "test.csv")) == latest["epoch"]
+
+
+def has_tested_twice(run: Path) -> bool:
+    return (run / "test.csv").exists() and len(rows(run / "test.csv")) >= 2
+
+
+def wait_for(reached, process) -> None:
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def worker(pid: int) -> int:
+    """The last of torchrun's workers."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_once(argv, tmp_path):
+    process = torchrun(ROOT / "train.py", *argv, "--batchSz", "31", "--save", tmp_path / "run")
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert out.count("--batchSz 31 cannot be shared by 2 processes; valid are its multiples") == 1, out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("environment", "argv", "message"), [
+    ({}, ["--syncBN"], "--syncBN: there is one process"),
+    ({"TORCHELASTIC_RESTART_COUNT": "1"}, ["--overwrite"], "restart with --resume"),
+    ({"MASTER_ADDR": "localhost", "RANK": "x", "WORLD_SIZE": "2"}, [], "the environment has RANK=x"),
+])
+def test_refusals(environment, argv, message, monkeypatch, capsys, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main([*argv, "--save", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_it_starts_no_process_group(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a process group"))
+    assert train.main([*argv, "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
+
+
+if __name__ == "__main__":
+    processes = Processes()
+    processes.start(torch.device("cpu"))
+    check_sync_batch_norm(processes)
+    check_gradients(processes, sync=False)
+    check_gradients(processes, sync=True)
+    check_failures_are_told_once(processes)
+    check_a_signal_to_one_stops_all_at_the_same_step(processes)
+    print("all right", flush=True)
+    processes.end()
