@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import math
 import os
 import shlex
@@ -326,7 +327,7 @@ def pretrained_weights(arch: str) -> dict[str, torch.Tensor]:
     """Raises ValueError if they are neither in torch's cache nor can be downloaded."""
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     try:
-        with data.quiet_download():
+        with data.quiet_download(), contextlib.redirect_stderr(io.StringIO()):  # where torch announces it
             return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--pretrained: the weights of {arch} are not in {torch.hub.get_dir()}/checkpoints, and their "
@@ -380,6 +381,8 @@ class GraphedStep:
                 self.warm_up()
                 self.graph = self.capture()
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 self.possible = False
                 runs.warn(f"no CUDA graph, each step is launched operation by operation: {str(error).splitlines()[0]}")
                 return self(images, labels, share)
@@ -400,12 +403,14 @@ class GraphedStep:
         """Three steps, as capturing needs them: libraries choose their kernels, the optimizer makes its state. Then all
         is as it was; state that was not there before is zero, which SGD, Adam and RMSprop begin with."""
         before = {tensor: tensor.detach().clone() for tensor in self.state()}
-        with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
-            for _ in range(3):
-                self.on_side_stream()
-        with torch.no_grad():
-            for tensor in self.state():
-                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+        try:
+            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+                for _ in range(3):
+                    self.on_side_stream()
+        finally:
+            with torch.no_grad():
+                for tensor in self.state():
+                    tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
 
     def on_side_stream(self) -> None:
         stream = torch.cuda.Stream()

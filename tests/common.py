@@ -1,10 +1,15 @@
 """What the tests of training share: a small data set, a small network, and how two runs are compared."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+import train
 
 SAMPLE = Path(__file__).resolve().parent / "cifar10-sample"
 RECORD = 3073  # bytes: label and 32x32x3 pixels
@@ -24,10 +29,13 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What is not the same in two run directories: any byte of the CSVs, any value of latest.pth and run.json."""
-    different = [name for name in ("train.csv", "test.csv") if (a / name).read_bytes() != (b / name).read_bytes()]
-    for name, read in (("latest.pth", lambda p: torch.load(p, weights_only=True)),
-                       ("run.json", lambda p: json.loads(p.read_text()))):
+    """What is not the same in two run directories: any byte of a CSV, any value of a checkpoint and run.json."""
+    def load(path):
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    logs = {p.name for run in (a, b) for p in run.glob("*.csv")}
+    different = [name for name in sorted(logs) if (a / name).read_bytes() != (b / name).read_bytes()]
+    for name, read in (("latest.pth", load), ("best.pth", load), ("run.json", lambda p: json.loads(p.read_text()))):
         values = [flat(read(run / name)) for run in (a, b)]
         different += [f"{name}{key}" for key in sorted(values[0].keys() | values[1].keys())
                       if key != "/flags/save" and values[0].get(key) != values[1].get(key)]
@@ -42,3 +50,18 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         value = (str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes())
     return {key: value}
+
+
+def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
+    """train.main, to which a signal comes as this call of a function of it begins"""
+    original, calls = getattr(module, function), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, function, counted)
+        return train.main(argv)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import SMALL, contents, cut_sample, differences
+from common import SMALL, contents, cut_sample, differences, stopped_at
 
 import runs
 import train
@@ -60,21 +60,6 @@ def half(flags, tmp_path):
     """A run that SIGTERM stopped in the second step of epoch 3."""
     assert stopped_at("train_step", 8, [*flags, "--save", str(tmp_path / "run")]) == 143
     return tmp_path / "run"
-
-
-def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
-    """train.main, to which a signal comes as this call of a function of it begins"""
-    original, calls = getattr(module, function), []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, function, counted)
-        return train.main(argv)
 
 
 def resume(run, *flags):

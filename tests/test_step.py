@@ -1,0 +1,157 @@
+"""The training step: precision, and one CUDA graph against the eager step, on a CPU by a twin of the graph."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from densenet import DenseNet
+
+
+class Twin(train.GraphedStep):
+    """On a CPU: what a graph would replay runs instead, on the same tensors."""
+
+    captures = 0
+
+    def on_side_stream(self):
+        self.step()
+
+    def capture(self):
+        self.captures += 1
+        return self
+
+    def replay(self):
+        self.step()
+
+
+def set_up(opt, device="cpu", **arguments):
+    torch.manual_seed(0)
+    net = DenseNet(4, 10, dropRate=0.2, **arguments).to(device).train()
+    more = {"momentum": 0.9, "nesterov": True} if opt == "SGD" else {"capturable": device == "cuda"}
+    return net, getattr(torch.optim, opt)(net.parameters(), lr=0.05, weight_decay=1e-4, **more)
+
+
+def batches(device="cpu"):
+    """Two epochs, the last batch of each is smaller."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for n in (8, 8, 8, 3):
+            images = torch.randn(n, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
+            yield images.to(device), torch.randint(10, (n,), generator=generator).to(device)
+
+
+def run(step, optimizer, device="cpu"):
+    """-> the metrics; the rate falls between the epochs"""
+    torch.manual_seed(1)
+    results = []
+    for i, (images, labels) in enumerate(batches(device)):
+        optimizer.param_groups[0]["lr"] = 0.05 if i < 4 else 0.005
+        results.append(step(images, labels, len(images)).clone())
+    return torch.stack(results)
+
+
+def state_of(net, optimizer):
+    moments = {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
+               for name, value in state.items()}
+    return net.state_dict() | moments
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], **tolerance or {"rtol": 0, "atol": 0},
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("opt", ["SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize(("precision", "efficient"), [("fp32", True), ("fp32", "max"), ("fp32", False), ("bf16", True)])
+def test_graphed_step_does_what_the_eager_one_does(opt, precision, efficient):
+    """Warm-up leaves nothing behind: weights, statistics, momentum and random numbers are the eager step's."""
+    net, optimizer = set_up(opt, efficient=efficient)
+    eager = run(lambda *batch: train.train_step(net, optimizer, precision, *batch), optimizer)
+    net2, optimizer2 = set_up(opt, efficient=efficient)
+    step = Twin(net2, optimizer2, precision, batchSz=8)
+    assert run(step, optimizer2).equal(eager)
+    assert step.captures == 2  # one for each rate; the smaller batch has none
+    assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
+
+
+def test_resumed_graph_has_the_momentum_of_the_checkpoint():
+    net, optimizer = set_up("SGD")
+    run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
+    net2, optimizer2 = copy.deepcopy((net, optimizer))
+    eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
+    assert run(Twin(net2, optimizer2, "fp32", 8), optimizer2).equal(eager)
+    assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
+
+
+@pytest.mark.parametrize("failing", ["warm_up", "on_side_stream", "capture"])
+def test_where_capture_is_impossible_the_step_is_eager_and_says_so_once(failing, capsys, monkeypatch):
+    net, optimizer = set_up("SGD")
+    eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
+    net2, optimizer2 = set_up("SGD")
+    step = Twin(net2, optimizer2, "fp32", 8)
+
+    def fail():
+        if failing == "on_side_stream":
+            step.step()  # the weights have moved by then
+        raise RuntimeError("not permitted\nwhen capturing")
+
+    monkeypatch.setattr(step, failing, fail)
+    assert run(step, optimizer2).equal(eager)
+    assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no CUDA graph" in err and "not permitted" in err
+
+
+def test_out_of_memory_is_not_taken_for_an_impossible_capture(monkeypatch):
+    net, optimizer = set_up("SGD")
+    step = Twin(net, optimizer, "fp32", 8)
+    monkeypatch.setattr(step, "warm_up", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(step, optimizer)
+
+
+def test_bf16_keeps_weights_statistics_and_loss_in_float32():
+    net, optimizer = set_up("SGD")
+    seen = []
+    net.conv1.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+    images, labels = next(batches())
+    loss = train.train_step(net, optimizer, "bf16", images, labels, 8)[0]
+    assert seen == [torch.bfloat16]
+    assert loss.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in net.state_dict().values() if value.is_floating_point())
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    fresh, _ = set_up("SGD")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fresh.eval()(images).dtype == torch.float32  # log-probabilities
+
+
+def test_the_loss_is_the_mean_and_the_share_scales_it():
+    net, optimizer = set_up("SGD")
+    images, labels = next(batches())
+    twin = copy.deepcopy(net)
+    torch.manual_seed(1)
+    expected = F.nll_loss(twin(images), labels)
+    expected.backward()
+    torch.manual_seed(1)
+    loss, error = train.train_step(net, optimizer, "fp32", images, labels, 8)
+    torch.testing.assert_close(loss, expected.detach())
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert 0 <= error <= 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("opt", ["SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize("efficient", [True, False])
+def test_on_a_gpu_the_graph_does_what_the_eager_step_does(opt, efficient):
+    net, optimizer = set_up(opt, "cuda", efficient=efficient)
+    eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer, "cuda")
+    net2, optimizer2 = set_up(opt, "cuda", efficient=efficient)
+    step = train.GraphedStep(net2, optimizer2, "fp32", 8)
+    torch.testing.assert_close(run(step, optimizer2, "cuda"), eager, rtol=1e-4, atol=1e-4)
+    assert step.possible
+    assert_same(state_of(net, optimizer), state_of(net2, optimizer2), rtol=1e-3, atol=1e-4)

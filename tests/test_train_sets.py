@@ -1,0 +1,282 @@
+"""Other data sets, networks, classes and a validation set, from the command line to the files of the run."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from common import SAMPLE, SMALL, differences, stopped_at
+from PIL import Image
+
+import data
+import densenet
+import runs
+import train
+
+NOT_OF_A_RUN = [*SMALL, "--nEpochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Cats, dogs and ships of the sample as files of mixed sizes and kinds; every fifth one is grayscale."""
+    root, draw = tmp_path_factory.mktemp("data") / "pets and ships", random.Random(0)
+    for name, images in zip(("train", "val"), data.load("cifar10", str(SAMPLE)), strict=True):
+        for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+            if (kind := images.classes[label]) in ("cat", "dog", "ship"):
+                (root / name / kind).mkdir(parents=True, exist_ok=True)
+                photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
+                photograph = photograph.resize((draw.randint(20, 90), draw.randint(20, 90)))
+                photograph = photograph.convert("L" if i % 5 == 0 else "RGB")
+                photograph.save(root / name / kind / f"{i}.{('jpg', 'png')[i % 2]}")
+    return root
+
+
+def csv(path: Path) -> list[list[float]]:
+    return [[float(value) for value in line.split(",")] for line in path.read_text().splitlines()[1:]]
+
+
+def refused(argv, capsys):
+    assert train.main([str(arg) for arg in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+# --- data sets --------------------------------------------------------------------------------------------------
+
+def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
+    save = tmp_path / "run"
+    argv = ["--dataset", "folder", "--data", str(folder), "--imageSize", "24", *NOT_OF_A_RUN]
+    assert train.main([*argv, "--save", str(save)]) == 0
+    about = json.loads((save / "run.json").read_text())
+    assert about["classes"] == ["cat", "dog", "ship"] and about["trainImages"] == 300 and about["testImages"] == 60
+    assert about["arguments"]["nClasses"] == 3 and about["arguments"]["inChannels"] == 3
+    capsys.readouterr()
+    assert train.main(["--evaluate", str(save / "latest.pth")]) == 0  # of which images, the checkpoint knows
+    assert f"{csv(save / 'test.csv')[0][2]:.2f}% of 60 images" in capsys.readouterr().out
+
+
+def test_a_grayscale_folder_makes_a_network_of_one_channel(folder, tmp_path):
+    gray = tmp_path / "gray"
+    for path in folder.rglob("*.*"):
+        target = gray / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("L").save(target)
+    save = tmp_path / "run"
+    assert train.main(["--dataset", "folder", "--data", str(gray), *NOT_OF_A_RUN, "--save", str(save)]) == 0
+    about = json.loads((save / "run.json").read_text())
+    assert about["arguments"]["inChannels"] == 1 and len(about["mean"]) == 1
+    assert densenet.load(save / "latest.pth")(torch.rand(1, 1, 32, 32)).shape == (1, 3)
+
+
+def test_a_broken_image_is_named(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    bad = sorted((broken / "train/dog").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:60])
+    err = refused(["--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run"], capsys)
+    assert str(bad) in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_cifar100(tmp_path):
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name, n in (("train.bin", 200), ("test.bin", 100)):
+        records = draw.integers(0, 256, (n, 3074), dtype=np.uint8)
+        records[:, 0], records[:, 1] = draw.integers(0, 20, n), np.arange(n) % 100
+        records.tofile(folder / name)
+    (folder / "fine_label_names.txt").write_text("".join(f"class{i}\n" for i in range(100)))
+    save = tmp_path / "run"
+    assert train.main(["--dataset", "cifar100", "--data", str(tmp_path), *NOT_OF_A_RUN, "--save", str(save)]) == 0
+    about = json.loads((save / "run.json").read_text())
+    assert len(about["classes"]) == about["arguments"]["nClasses"] == 100
+
+
+def test_svhn_is_never_augmented_and_takes_40_epochs(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    draw = np.random.default_rng(0)
+    for name, n in (("train", 60), ("test", 20), ("extra", 40)):
+        labels = (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]  # 10 stands for the digit 0
+        io.savemat(tmp_path / f"{name}_32x32.mat",
+                   {"X": draw.integers(0, 256, (32, 32, 3, n), dtype=np.uint8), "y": labels})
+    monkeypatch.setattr(data.Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
+    args, _ = train.parse_args(["--dataset", "svhn"])
+    assert args.nEpochs == 40 and args.no_augment
+    argv = ["--dataset", "svhn", "--extra", "--data", str(tmp_path), *NOT_OF_A_RUN]
+    assert train.main([*argv, "--save", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["trainImages"] == 100
+
+
+def test_classes(sample, tmp_path, capsys):
+    argv = ["--data", sample, *SMALL, "--nEpochs", "2", "--save", str(tmp_path / "run")]
+    assert train.main([*argv, "--classes", "dog", "cat"]) == 0
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    assert about["classes"] == ["dog", "cat"] and (about["trainImages"], about["testImages"]) == (200, 40)
+    for _, _, error in csv(tmp_path / "run/test.csv"):
+        assert error * 40 / 100 == pytest.approx(round(error * 40 / 100))
+    capsys.readouterr()
+    assert "--classes dog cat" in refused([*argv, "--resume", "--classes", "cat", "dog"], capsys)
+    assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
+    assert "of 40 images" in capsys.readouterr().out
+    assert "cow" in refused(["--data", sample, "--classes", "cat", "cow", "--save", tmp_path / "new"], capsys)
+
+
+# --- validation -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def flags():
+    return ["--data", str(SAMPLE), *SMALL, "--classes", "cat", "dog", "--valSize", "50", "--nEpochs", "4"]
+
+
+@pytest.fixture(scope="module")
+def validated(flags, tmp_path_factory):
+    """The uninterrupted run; not to be written to."""
+    save = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*flags, "--save", str(save)]) == 0
+    return save
+
+
+def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monkeypatch):
+    sizes, augmented = [], []
+    evaluate, crop = train.evaluate, data.Batches.augmented
+    monkeypatch.setattr(train, "evaluate", lambda net, b, *more: (sizes.append(b.n), evaluate(net, b, *more))[1])
+    monkeypatch.setattr(data.Batches, "augmented", lambda b, *more: (augmented.append(b.n), crop(b, *more))[1])
+    save = tmp_path / "run"
+    assert train.main([*flags, "--save", str(save)]) == 0
+    assert sizes == [50, 50, 50, 50, 40]
+    assert augmented == [150] * 4
+    validation, tested = csv(save / "val.csv"), csv(save / "test.csv")
+    best = min(validation, key=lambda row: row[2])
+    assert [row[0] for row in validation] == [1, 2, 3, 4] and len(tested) == 1
+    checkpoint = densenet.read_checkpoint(save / "best.pth")
+    assert checkpoint["epoch"] == tested[0][0] == best[0]
+    assert checkpoint["val"]["error"] == pytest.approx(best[2])
+    net = densenet.load(save / "best.pth")
+    images, labels, _ = data.select_classes(data.load("cifar10", str(SAMPLE))[1], ["cat", "dog"])
+    wrong = (net((images / 255 - net.mean) / net.std).argmax(1) != labels).float().mean() * 100
+    assert tested[0][2] == pytest.approx(wrong.item())
+
+
+@pytest.mark.parametrize(("function", "call", "module"), [
+    ("train_epoch", 3, train), ("evaluate", 4, train), ("evaluate", 5, train), ("keep_as", 1, runs),
+    ("keep_as", 3, runs)])
+def test_a_stopped_run_with_validation_ends_the_same(flags, validated, tmp_path, function, call, module):
+    save = tmp_path / "run"
+    assert stopped_at(function, call, [*flags, "--save", str(save)], module=module) == 143
+    assert train.main(["--resume", "--save", str(save), "--no-plot"]) == 0
+    assert differences(validated, save) == []
+
+
+def test_best_is_made_again_if_it_was_killed_before_it(flags, validated, tmp_path, monkeypatch):
+    save = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runs.Run, "keep_as_best", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
+        raise SystemExit(train.main([*flags, "--save", str(save)]))
+    assert (save / "latest.pth").exists() and not (save / "best.pth").exists()
+    assert train.main(["--resume", "--save", str(save), "--no-plot"]) == 0
+    assert differences(validated, save) == []
+
+
+def test_a_lost_or_foreign_best_is_named(validated, tmp_path, capsys):
+    save = shutil.copytree(validated, tmp_path / "run")
+    best = densenet.read_checkpoint(save / "best.pth")["epoch"]
+    for change, message in ((lambda: (save / "best.pth").unlink(), f"is missing; it is the checkpoint of epoch {best}"),
+                            (lambda: torch.save({"format": 1, "epoch": 99}, save / "best.pth"), "of epoch 99")):
+        checkpoint = torch.load(save / "latest.pth", weights_only=True)
+        if checkpoint["best"]["epoch"] == checkpoint["epoch"]:
+            pytest.skip("the last epoch is the best: best.pth is made again")
+        torch.save(checkpoint | {"test": None}, save / "latest.pth")
+        change()
+        assert train.main(["--resume", "--save", str(save), "--no-plot"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_more_epochs_after_the_end(validated, tmp_path):
+    save = shutil.copytree(validated, tmp_path / "run")
+    assert train.main(["--resume", "--nEpochs", "5", "--save", str(save), "--no-plot"]) == 0
+    assert [row[0] for row in csv(save / "val.csv")] == [1, 2, 3, 4, 5]
+    assert len(csv(save / "test.csv")) == 2  # once at each end
+
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+def test_an_imagenet_network_trains_on_a_folder(folder, tmp_path):
+    save = tmp_path / "run"
+    assert train.main(["--dataset", "folder", "--data", str(folder), "--arch", "densenet121", "--imageSize", "32",
+                       "--nEpochs", "1", "--batchSz", "60", "--no-plot", "--save", str(save)]) == 0
+    net = densenet.load(save / "latest.pth")
+    assert net.fc.out_features == 3 and len(net.dense3) == 24
+    assert train.parse_args(["--arch", "densenet121", "--dataset", "folder"])[0].imageSize == 224
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache, and no network."""
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub"
+    torch.hub.set_dir(before)
+
+
+def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
+    argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
+    err = refused([*argv, "--save", tmp_path / "run"], capfd)
+    assert "no route to host" in err and "put densenet121-a639ec97.pth there" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
+    theirs = torchvision.models.densenet121()
+    (hub / "checkpoints").mkdir(parents=True)
+    torch.save(theirs.state_dict(), hub / "checkpoints/densenet121-a639ec97.pth")
+    seen = []
+
+    def step(net, *_):
+        seen.append({name: value.clone() for name, value in net.state_dict().items()})
+        return torch.ones(2)
+
+    monkeypatch.setattr(train, "train_step", step)
+    argv = ["--dataset", "folder", "--data", str(folder), "--arch", "densenet121", "--pretrained", "--imageSize", "32",
+            "--batchSz", "300", "--nEpochs", "1", "--no-plot", "--save", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    taken, given = seen[0], theirs.state_dict()
+    for name, value in taken.items():
+        if name.startswith("fc."):
+            assert value.shape[0] == 3
+        else:
+            assert value.equal(given[densenet.torchvision_name(name)]), name
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    assert about["mean"] == [0.485, 0.456, 0.406]  # as those weights were trained
+    shutil.rmtree(hub)
+    assert train.main(["--resume", "--nEpochs", "2", "--no-plot", "--save", str(tmp_path / "run")]) == 0  # without it
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--pretrained", "--pretrained takes --arch; valid are densenet121, densenet161"),
+    ("--arch densenet121 --depth 40", "--depth=40 contradicts --arch densenet121"),
+    ("--arch densenet121 --no-bottleneck", "--no-bottleneck contradicts"),
+    ("--arch densenet120", "invalid choice: 'densenet120'"),
+    ("--imageSize 64", "--imageSize 64: --dataset cifar10 has its own size"),
+    ("--extra", "--extra: --dataset cifar10 has no extra images"),
+    ("--dataset mnist", "invalid choice: 'mnist'"),
+    ("--valSize 1001", "1001"), ("--valSize 1000", "1000"), ("--valSize -1", "'-1'"), ("--valSize 5.5", "'5.5'"),
+    ("--valSize 940 --batchSz 64", "--batchSz 64 is more than the 60 training images"),
+    ("--classes cat", "cat"), ("--classes cat cat", "cat"), ("--classes", "--classes"),
+    ("--precision tf32 --no-cuda", "--precision tf32 is a GPU's; valid on cpu are fp32, bf16"),
+    ("--precision fp16", "invalid choice: 'fp16'"),
+])
+def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
+    assert message in refused(["--data", sample, *argv.split(), "--save", tmp_path / "run"], capsys)
+    assert not (tmp_path / "run").exists()
