@@ -24,8 +24,10 @@ import train
 ROOT = Path(train.__file__).resolve().parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 FLAGS = ["--dataset", "--data", "--growthRate", "--depth", "--reduction", "--dropRate", "--initChannels", "--batchSz",
-         "--nEpochs", "--opt", "--lr", "--weightDecay", "--seed", "--save", "--device", "--evaluate", "--efficient"]
-SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--resume", "--overwrite", "--no-plot"]
+         "--nEpochs", "--opt", "--lr", "--weightDecay", "--seed", "--save", "--device", "--evaluate", "--efficient",
+         "--classes", "--valSize", "--imageSize", "--arch", "--precision"]
+SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--resume", "--overwrite", "--no-plot",
+            "--extra", "--pretrained", "--syncBN", "--no-graph"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -211,14 +213,17 @@ def random_line(draw):
                 "--lr": ["0.1", "1e6", "1e5", "1e-12"], "--weightDecay": ["0", "1e6"], "--seed": ["0", "4294967295"],
                 "--save": ["run", "run", "run/deeper", "other", "file", "new", ".", "images", "foreign"],
                 "--device": ["cpu", "cuda:7"], "--evaluate": ["run/latest.pth", "file", "other"],
-                "--dataset": ["cifar10"], "--efficient": ["yes", "no", "max"]}
+                "--dataset": ["cifar10", "cifar10", "folder"], "--efficient": ["yes", "no", "max"],
+                "--classes": ["cat", "dog"], "--valSize": ["0", "10", "79"], "--imageSize": ["32"],
+                "--arch": ["densenet121"], "--precision": ["fp32", "tf32", "bf16"]}
     nonsense = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "x", "0x10", "é", "--", "\n", "\udcff", "\0",
                 "a b", "../" * 300, "None", "[]", "%s", "-"]
     line = []
     for name in draw.sample(FLAGS, draw.choice([0, 0, 1, 1, 1, 2, 3])):
         value = draw.choice(sensible[name] * 3 + nonsense)
         line += draw.choice([[name, value], [name, value], [f"{name}={value}"], [name]])
-    line += draw.sample(SWITCHES, draw.choice([0, 0, 1, 2])) + ["--bogus", "stray"][:draw.choice([0] * 20 + [1, 2])]
+        line += ["frog", "ship"][:draw.choice([0, 1, 2])] if name == "--classes" else []
+    line += draw.sample(SWITCHES, draw.choice([0, 0, 0, 1, 2])) + ["--bogus", "stray"][:draw.choice([0] * 20 + [1, 2])]
     draw.shuffle(line) if draw.random() < 0.1 else None
     save = draw.choice(["run", f"new/{draw.random()}"])
     return ["--data", "images", *SMALL, "--nEpochs", "4" if save == "run" else "1", "--save", save, *line]

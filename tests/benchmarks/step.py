@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler writes its own lines to stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes its own lines to stderr
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -64,10 +64,10 @@ import train
 MIB = 2**20
 OUT_OF_MEMORY = "out of memory"
 PRECISIONS = ("fp32", "tf32", "bf16")
-NO_KERNEL = {f"aten::{name}" for name in (  # views and allocations
+NO_KERNEL = {f"aten::{name}" for name in (  # views, allocations, questions
     "alias", "as_strided", "chunk", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand", "expand_as",
-    "narrow", "new_empty", "new_empty_strided", "permute", "resize_", "select", "slice", "split", "squeeze", "t", "transpose", "unbind",
-    "unsqueeze", "view", "view_as")}
+    "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "resize_", "select", "slice", "split",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as")}
 MAY_COPY = ("aten::contiguous", "aten::flatten", "aten::reshape", "aten::to")
 
 
