@@ -28,9 +28,10 @@ import data
 import densenet
 import numcheck
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
-from make_graph import COLOURS, Parser, complain, new_file, number, operations, replace_file
+from make_graph import COLOURS, complain, new_file, operations, replace_file
 from numcheck import layers_of, parts_of
 from plot import STYLE
+from runs import Parser, number
 
 FACTOR = 4  # how much larger than the reference's own an error may be
 LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here

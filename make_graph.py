@@ -7,7 +7,6 @@ graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one den
 
 import argparse
 import io
-import math
 import os
 import re
 import secrets
@@ -17,7 +16,6 @@ import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib.style
 import torch
@@ -30,6 +28,7 @@ from matplotlib.path import Path as Curve
 from torch.autograd.graph import Node, get_gradient_edge
 
 from densenet import DenseBlock, DenseNet, Transition
+from runs import Parser, number
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
 DOT_SECONDS = 120  # depth 250 takes 2
@@ -47,24 +46,6 @@ node [fontname="Helvetica,Arial,sans-serif", fontsize=10, shape=box, style="fill
       fillcolor=white, height=0.2, margin="0.06,0.03"];
 edge [color="#444444", arrowsize=0.5];
 """
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def number(kind: type, minimum: float, maximum: float):
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value <= maximum:
-            which = "whole numbers" if kind is int else "numbers"
-            raise argparse.ArgumentTypeError(f"{text!r}; valid are {which} from {minimum} to {maximum}")
-        return value
-    return parse
 
 
 def new_file(suffix: str):

@@ -23,8 +23,9 @@ from matplotlib.figure import Figure  # without pyplot: no display needed
 
 import densenet
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
-from make_graph import COLOURS, Parser, complain, new_file, number, replace_file
+from make_graph import COLOURS, complain, new_file, replace_file
 from plot import STYLE
+from runs import Parser, number
 
 STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))

@@ -4,10 +4,12 @@ Whatever moment the process dies at, what was saved before stays valid and ``--r
 holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
 """
 
+import argparse
 import contextlib
 import fcntl
 import inspect
 import json
+import math
 import os
 import platform
 import secrets
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -38,6 +40,12 @@ LOCK = ".lock"
 FILES = {"run.json", LOCK, BEST, *CSVS, *CHECKPOINTS, *FIGURES}
 ABOUT = {"flags": dict, "scheduleEpochs": int, "environment": dict, "mean": list, "std": list, "classes": list}
 PROGRESS = {"epoch": int, "best": dict, "csvLengths": dict, "model": dict, "optimizer": dict}
+
+
+PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
+OF_THE_COMMAND = ("save", "no_plot", *PER_SESSION)  # never taken from a saved run
+MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
+ParseArgs = Callable[[list[str]], tuple[argparse.Namespace, dict[str, Any]]]
 
 
 class RunError(ValueError):
@@ -279,6 +287,95 @@ def is_log(path: Path) -> bool:
         return len([float(value) for value in first.split(b",")]) == 3
     except ValueError:
         return False
+
+
+# --- flags ------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def number(kind: type, minimum: float, maximum: float, valid: str = ""):
+    """A flag's type: numbers of this kind between these, both included."""
+    valid = valid or f"{'a whole number ' if kind is int else ''}from {minimum} to {maximum}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # which no comparison takes
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
+        return value
+    return parse
+
+
+def path(text: str) -> str:
+    if not text or not text.isprintable():  # neither could be shown in one line
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path of printable characters")
+    return text
+
+
+def words(name: str, value: Any) -> list[str]:
+    """As on a command line: --depth=40, --no-cuda, --classes cat dog, or nothing for a flag that is not set."""
+    if value is None or value is False:
+        return []
+    name = f"--{name.replace('_', '-')}"
+    return [name, *value] if isinstance(value, list) else [name if value is True else f"{name}={value}"]
+
+
+def flag(name: str, value: Any) -> str:
+    return " ".join(words(name, value))
+
+
+def saved_args(about: dict[str, Any], save: str, parse_args: ParseArgs) -> argparse.Namespace:
+    """The flags of a saved run, tested like those of a command line; those it does not know have their default."""
+    try:
+        return parse_args([word for name, value in about["flags"].items() for word in words(name, value)])[0]
+    except ValueError as error:
+        raise RunError(f"{save} holds a run with flags that this train.py does not take ({error})") from None
+
+
+def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argparse.Namespace) -> argparse.Namespace:
+    """The saved run's flags, and of the given ones those that may change.
+
+    Raises:
+        RunError: if a given flag contradicts the run.
+    """
+    for name, value in given.items():
+        of_run = getattr(saved, name)
+        if name == "nEpochs" and value < of_run:
+            raise RunError(f"--nEpochs {value} is less than the run in {args.save} has; valid are {of_run} or more")
+        if name not in ("nEpochs", *MAY_CHANGE) and value != of_run:
+            raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
+                           f"{flag(name, of_run) or 'not set it'}; leave it out to continue that run, or name another "
+                           "--save")
+    merged = vars(saved) | given | {name: getattr(args, name) for name in OF_THE_COMMAND}
+    if "device" in given or "no_cuda" in given:  # one replaces the other
+        merged |= {"device": args.device, "no_cuda": args.no_cuda}
+    return argparse.Namespace(**merged)
+
+
+def find_saved(run: Run, args: argparse.Namespace, given: dict[str, Any], parse_args: ParseArgs):
+    """-> the flags to train with; what run.json tells of the run to resume and its checkpoint, or None for each
+
+    Raises:
+        RunError: if the directory does not fit what the user asked for.
+    """
+    if not run.check(args.resume, args.overwrite):
+        return args, None, None
+    run.lock()
+    about, checkpoint = run.read() if args.resume else (None, None)
+    if about is None:
+        return args, None, None
+    saved = saved_args(about, args.save, parse_args)  # newer than the checkpoint's, if nEpochs has grown since that
+    if checkpoint:
+        for name, value in vars(saved_args(checkpoint, args.save, parse_args)).items():
+            if name not in ("nEpochs", *MAY_CHANGE) and value != getattr(saved, name):
+                raise RunError(f"the checkpoint in {args.save} is another run's: {name} is {value} there, and "
+                               f"{getattr(saved, name)} in run.json")
+    return resumed_args(args, given, saved), about, checkpoint
 
 
 # --- files replaced whole ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import time
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import setproctitle
@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import densenet
 import runs
-from runs import Plotter, Processes, Run, RunError, Signals, Stopped
+from runs import Parser, Plotter, Processes, Run, RunError, Signals, Stopped, flag, number, path
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
@@ -40,39 +40,10 @@ EFFICIENT = {"yes": True, "no": False, "max": "max"}
 EPOCHS = {"svhn": 40}  # the paper's; 300 on the others
 IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which torchvision's weights were trained with
 EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # images; without gradients they take little memory
-PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
-OF_THE_COMMAND = ("save", "no_plot", *PER_SESSION)  # never taken from a saved run
 OF_THE_NETWORK = ("growthRate", "depth", "reduction", "no_bottleneck", "initChannels")  # --arch sets them
-MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def number(kind: type, minimum: float, maximum: float, valid: str = ""):
-    """A flag's type: numbers of this kind between these, both included."""
-    valid = valid or f"{'a whole number ' if kind is int else ''}from {minimum} to {maximum}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # which no comparison takes
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
-        return value
-    return parse
-
-
-def path(text: str) -> str:
-    if not text or not text.isprintable():  # neither could be shown in one line
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path of printable characters")
-    return text
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,46 +160,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     args.lr = args.lr or LEARNING_RATE[args.opt]
     args.save = args.save or f"work/{args.dataset}.base"
     return args, given
-
-
-def words(name: str, value: Any) -> list[str]:
-    """As on a command line: --depth=40, --no-cuda, --classes cat dog, or nothing for a flag that is not set."""
-    if value is None or value is False:
-        return []
-    name = f"--{name.replace('_', '-')}"
-    return [name, *value] if isinstance(value, list) else [name if value is True else f"{name}={value}"]
-
-
-def flag(name: str, value: Any) -> str:
-    return " ".join(words(name, value))
-
-
-def saved_args(about: dict[str, Any], save: str) -> argparse.Namespace:
-    """The flags of a saved run, tested like those of a command line; those it does not know have their default."""
-    try:
-        return parse_args([word for name, value in about["flags"].items() for word in words(name, value)])[0]
-    except ValueError as error:
-        raise RunError(f"{save} holds a run with flags that this train.py does not take ({error})") from None
-
-
-def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argparse.Namespace) -> argparse.Namespace:
-    """The saved run's flags, and of the given ones those that may change.
-
-    Raises:
-        RunError: if a given flag contradicts the run.
-    """
-    for name, value in given.items():
-        of_run = getattr(saved, name)
-        if name == "nEpochs" and value < of_run:
-            raise RunError(f"--nEpochs {value} is less than the run in {args.save} has; valid are {of_run} or more")
-        if name not in ("nEpochs", *MAY_CHANGE) and value != of_run:
-            raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
-                           f"{flag(name, of_run) or 'not set it'}; leave it out to continue that run, or name another "
-                           "--save")
-    merged = vars(saved) | given | {name: getattr(args, name) for name in OF_THE_COMMAND}
-    if "device" in given or "no_cuda" in given:  # one replaces the other
-        merged |= {"device": args.device, "no_cuda": args.no_cuda}
-    return argparse.Namespace(**merged)
 
 
 def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
@@ -492,27 +423,6 @@ def evaluate(net, batches: data.Batches, precision: str, signals: Signals, proce
 
 # --- the run ----------------------------------------------------------------------------------------------------
 
-def find_saved(run: Run, args: argparse.Namespace, given: dict[str, Any]):
-    """-> the flags to train with; what run.json tells of the run to resume and its checkpoint, or None for each
-
-    Raises:
-        RunError: if the directory does not fit what the user asked for.
-    """
-    if not run.check(args.resume, args.overwrite):
-        return args, None, None
-    run.lock()
-    about, checkpoint = run.read() if args.resume else (None, None)
-    if about is None:
-        return args, None, None
-    saved = saved_args(about, args.save)  # newer than the checkpoint's, if nEpochs has grown since that
-    if checkpoint:
-        for name, value in vars(saved_args(checkpoint, args.save)).items():
-            if name not in ("nEpochs", *MAY_CHANGE) and value != getattr(saved, name):
-                raise RunError(f"the checkpoint in {args.save} is another run's: {name} is {value} there, and "
-                               f"{getattr(saved, name)} in run.json")
-    return resumed_args(args, given, saved), about, checkpoint
-
-
 class Sets(NamedTuple):
     train: data.ImageSet
     val: data.ImageSet | None
@@ -542,7 +452,7 @@ def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, now: di
         RunError: if these are not the images of the saved run.
     """
     mean, std = IMAGENET_MEAN_AND_STD if args.pretrained else data.mean_and_std(sets.train.images)
-    about = {"format": 1, "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},
+    about = {"format": 1, "flags": {name: value for name, value in vars(args).items() if name not in runs.PER_SESSION},
              "scheduleEpochs": args.nEpochs, "environment": now, "arguments": net.arguments,
              "parameters": count(net), "mean": mean, "std": std, "classes": sets.train.classes,
              "trainImages": len(sets.train.images), "valImages": len(sets.val.images) if sets.val else 0,
@@ -643,7 +553,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, pro
     device = pick_device(args, processes)
     processes.start(device)
     with (Run if processes.first else runs.Bystander)(args.save) as run:
-        args, saved, checkpoint = processes.from_first(lambda: find_saved(run, args, given))
+        args, saved, checkpoint = processes.from_first(lambda: runs.find_saved(run, args, given, parse_args))
         plotter = Plotter(args.save, enabled=not args.no_plot and processes.first)
         is_done = checkpoint and checkpoint["epoch"] >= args.nEpochs and checkpoint["test"]
         try:

@@ -322,7 +322,7 @@ def test_real_images_for_random_weights_are_normalised_by_their_set(sample):
 @pytest.mark.parametrize("args, named", [
     (["--against", "lua"], "'torchvision', 'plain'"), (["--inject", "bad-luck"], "'stats-twice'"),
     (["--depth", "23"], "depth is 23; valid with bottleneck is 6n + 4, nearest 22 and 28"),
-    (["--batchSz", "1"], "whole numbers from 2 to 1024"), (["--efficient", "perhaps"], "'perhaps'"),
+    (["--batchSz", "1"], "whole number from 2 to 1024"), (["--efficient", "perhaps"], "'perhaps'"),
     (["--against", "plain", "--efficient", "no"], "valid are yes, max"),
     (["--against", "bf16", "--inject", "cat-grad"], "--inject cat-grad"),
     (["--no-bottleneck"], "valid for this network are plain"), (["--reduction", "0.4"], "reduction 0.5 only"),

@@ -153,7 +153,7 @@ def test_a_gradient_that_is_not_a_number_or_lost_differs():
 
 @pytest.mark.parametrize("args, named", [
     (["--depth", "23"], "depth is 23; valid with bottleneck is 6n + 4, nearest 22 and 28"),
-    (["--depth", "many"], "'many'"), (["--growthRate", "1"], "whole numbers from 2 to 64"),
+    (["--depth", "many"], "'many'"), (["--growthRate", "1"], "whole number from 2 to 64"),
     (["--reduction", "0"], "reduction is 0"), (["--reduction", "2"], "from 0 to 1"),
     (["--no-bottleneck", "--depth", "23"], "3n + 4, nearest 22 and 25"), (["--seed", "-1"], "'-1'"),
     (["--inject", "bad-luck"], "'cat-grad', 'grad-scale', 'bn-no-mean'"),
