@@ -167,7 +167,7 @@ def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes are few: worth trying its algorithms out
     tf32 = args.precision == "tf32"  # cuDNN's own default is True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     device = choose_device(args, processes)
@@ -214,13 +214,16 @@ def make_net(args: argparse.Namespace, **more) -> densenet.DenseNet:
                              initChannels=args.initChannels, **more)
 
 
-def check_network(args: argparse.Namespace, device: torch.device) -> None:
+def check_network(args: argparse.Namespace, device: torch.device, nProcesses: int) -> None:
     """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
+    if args.batchSz % nProcesses:
+        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {nProcesses} processes; valid are its "
+                         "multiples")
     with torch.device("meta"):  # sizes alone
         net = make_net(args)
     side = (args.imageSize or 32) // (4 if args.arch else 1)
     # weights, gradients and momentum; the first block's output for a batch, and its gradient
-    needed = 12 * count(net) + 8 * args.batchSz * side**2 * net.trans1.bn1.num_features
+    needed = 12 * count(net) + 8 * args.batchSz // nProcesses * side**2 * net.trans1.bn1.num_features
     available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
                  else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > available:
@@ -235,7 +238,7 @@ def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, devi
     net = make_net(args, nClasses=len(images.classes), inChannels=images.images.shape[1])
     if args.pretrained and not checkpoint:
         net.load_torchvision(pretrained_weights(args.arch), classifier=False)
-    if args.syncBN:
+    if args.syncBN and torch.distributed.is_initialized():  # one process's statistics are all there is
         runs.SyncBatchNorm2d.replace_all(net)
     net.to(device)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
@@ -475,7 +478,7 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
     now = runs.environment(device, args.precision, processes.size)
     if saved:
         now = runs.restore_environment(saved["environment"], now)
-    processes.together(lambda: check_network(args, device))  # before a download
+    processes.together(lambda: check_network(args, device, processes.size))  # before a download
     sets = processes.one_by_one(lambda: load_sets(args))
     net, optimizer = processes.one_by_one(lambda: make_net_and_optimizer(args, sets.train, device, checkpoint))
     about = processes.together(lambda: describe_run(args, saved, now, net, sets))
@@ -543,11 +546,6 @@ def test_best(args: argparse.Namespace, net: densenet.DenseNet, optimizer, test:
 
 def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, processes: Processes) -> None:
     """The whole run, or what is left of it."""
-    if args.batchSz % processes.size:
-        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {processes.size} processes; valid are its "
-                         "multiples")
-    if args.syncBN and processes.size == 1:
-        raise ValueError("--syncBN: there is one process; valid when torchrun starts several")
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise ValueError("--overwrite would replace what was trained before this restart; restart with --resume")
     device = pick_device(args, processes)

@@ -193,6 +193,14 @@ def worker(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
 
 
+def test_a_run_of_two_goes_on_in_one(argv, tmp_path, capfd):
+    save = ["--save", str(tmp_path / "run")]
+    finished(torchrun(ROOT / "train.py", *argv, "--syncBN", "--nEpochs", "1", *save))
+    assert train.main([*argv, "--nEpochs", "2", *save]) == 0
+    assert "processes is 1, the run had 2: it continues, but not to the same last bits" in capfd.readouterr().err
+    assert len(rows(tmp_path / "run" / "test.csv")) == 2
+
+
 def test_a_batch_that_cannot_be_shared_is_refused_once(argv, tmp_path):
     process = torchrun(ROOT / "train.py", *argv, "--batchSz", "31", "--save", tmp_path / "run")
     out = process.communicate(timeout=60)[0]
@@ -202,7 +210,6 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(argv, tmp_path):
 
 
 @pytest.mark.parametrize(("environment", "argv", "message"), [
-    ({}, ["--syncBN"], "--syncBN: there is one process"),
     ({"TORCHELASTIC_RESTART_COUNT": "1"}, ["--overwrite"], "restart with --resume"),
     ({"MASTER_ADDR": "localhost", "RANK": "x", "WORLD_SIZE": "2"}, [], "the environment has RANK=x"),
 ])
