@@ -248,12 +248,11 @@ def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, devi
     if checkpoint:
         try:
             net.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            groups = [group | more for group in checkpoint["optimizer"]["param_groups"]]  # the device may be another
+            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(f"the checkpoint in {args.save} does not fit its own flags: its weights are those of "
                            "another network") from error
-        for group in optimizer.param_groups:
-            group |= more  # the device may be another one now
     return net, optimizer
 
 
@@ -303,27 +302,38 @@ class GraphedStep:
     def __init__(self, net, optimizer, precision: str, batchSz: int):
         self.net, self.optimizer, self.precision, self.batchSz = net, optimizer, precision, batchSz
         self.rate: float | None = None
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.possible = True
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-        if len(images) != self.batchSz or not self.possible:
+        whole = len(images) == self.batchSz
+        if whole and self.possible and self.rate != self.optimizer.param_groups[0]["lr"]:
+            self.prepare(images, labels)
+        if not whole or not self.possible:
             return train_step(self.net, self.optimizer, self.precision, images, labels, share)
-        if self.rate != (rate := self.optimizer.param_groups[0]["lr"]):
-            self.images, self.labels, self.rate, self.graph = images.clone(), labels.clone(), rate, None
-            try:
-                self.warm_up()
-                self.graph = self.capture()
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.possible = False
-                runs.warn(f"no CUDA graph, each step is launched operation by operation: {str(error).splitlines()[0]}")
-                return self(images, labels, share)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
         return self.result.clone()
+
+    def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Captures for the present rate; where that cannot be, says so and changes nothing."""
+        self.images, self.labels, self.graph = images.clone(), labels.clone(), None
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        problem = ""
+        try:
+            self.warm_up()
+            self.graph = self.capture()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again
+                error = error.__context__
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+        if problem:  # behind the except clause, which would keep the failed step's tensors alive
+            self.possible = False
+            runs.warn(f"no CUDA graph, each step is launched operation by operation: {problem}")
 
     def step(self) -> None:
         self.result = train_step(self.net, self.optimizer, self.precision, self.images, self.labels, self.batchSz)
@@ -347,17 +357,19 @@ class GraphedStep:
                     tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
 
     def on_side_stream(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
+        self.stream = self.stream or torch.cuda.Stream()  # one: memory is cached by stream
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                self.step()
+        finally:  # what follows must not overtake it
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A capture runs nothing: it only records."""
         self.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             self.step()
         return graph
 

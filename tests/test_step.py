@@ -1,6 +1,7 @@
 """The training step: precision, and one CUDA graph against the eager step, on a CPU by a twin of the graph."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_where_capture_is_impossible_the_step_is_eager_and_says_so_once(failing,
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no CUDA graph" in err and "not permitted" in err
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_adam_moves_between_devices():
+    """A GPU's checkpoint says capturable, with which a CPU's Adam would fail; and the other way round."""
+    args, _ = train.parse_args(["--opt", "adam", "--depth", "10", "--growthRate", "4"])
+    sets = train.data.ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1), list("0123456789"))
+    net, optimizer = train.make_net_and_optimizer(args, sets, torch.device("cpu"), None)
+    step = functools.partial(train.train_step, net, optimizer, "fp32")
+    run(step, optimizer)
+    saved = {"model": net.state_dict(), "optimizer": copy.deepcopy(optimizer.state_dict())}
+    for group in saved["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    net2, optimizer2 = train.make_net_and_optimizer(args, sets, torch.device("cpu"), copy.deepcopy(saved))
+    assert run(functools.partial(train.train_step, net2, optimizer2, "fp32"), optimizer2).equal(run(step, optimizer))
+    optimizer3 = train.make_net_and_optimizer(args, sets, torch.device("meta"), saved)[1]
+    assert not optimizer3.param_groups[0]["capturable"]  # only a GPU's is
 
 
 def test_out_of_memory_is_not_taken_for_an_impossible_capture(monkeypatch):

@@ -36,7 +36,6 @@ forward, backward and by SGD, gradient written and read, momentum read and writt
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import gc
 import itertools
@@ -59,6 +58,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
 import block
 
 import densenet
+import runs
 import train
 
 MIB = 2**20
@@ -102,6 +102,7 @@ IMPLEMENTATIONS = {
     "ours plain": Implementation("ours", False),
     "ours efficient": Implementation("ours", True),
     "ours max": Implementation("ours", "max"),
+    "ours plain graph": Implementation("ours", False, graph=True),
     "ours efficient graph": Implementation("ours", True, graph=True),
 }
 
@@ -260,23 +261,34 @@ def descendants(event) -> Iterator:
 
 
 @contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """TF32 for this precision alone; cuDNN's own default is to use it."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+def backends_for(precision: str) -> Iterator[None]:
+    """As train.py sets them: TF32 for this precision alone (cuDNN's own default is to use it), cuDNN's fastest
+    algorithms found by trial, in the warm-up."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":  # or what an earlier network has left would hide what this one takes
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_on_cpu(net: nn.Module, step: Callable[[], Any]) -> int:
+    """Bytes of tensors over what is there before the step. Not the process's: the heap that earlier networks have
+    left behind made that up to twice as large."""
+    net.zero_grad(set_to_none=True)  # the profiler does not know the size of what is older than itself
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
 def measure(implementation: Implementation, size: Size, precision: str, device: torch.device,
@@ -288,11 +300,8 @@ def measure(implementation: Implementation, size: Size, precision: str, device: 
     seconds = times(step, device, args.steps, args.warmup)
     if implementation.library == "ours" and implementation.graph and not step.func.possible:
         raise RuntimeError("no CUDA graph could be captured")
-    if device.type == "cuda":  # a replay allocates nothing: what its graph holds was counted during the capture
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        free_memory(device)
-        peak = block.peak_bytes("cpu", step)
+    # a replay allocates nothing: what its graph holds was counted during the capture
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else peak_on_cpu(net, step)
     row = {"seconds": statistics.median(seconds), "steps": seconds, "peak": peak, **count_kernels(step, device)}
     return row | ({"path": net.dense1.last_path} if implementation.library == "ours" else {})
 
@@ -312,7 +321,7 @@ def measure_all(names: list[str], size: Size, device: torch.device, args: argpar
     for precision in args.precision:
         must_move, reference = bytes_to_move(size, precision), None
         for name in names:
-            with products_in(precision):
+            with backends_for(precision):
                 row = try_to_measure(name, size, precision, device, args)
             if name.endswith("compiled"):
                 torch._dynamo.reset()  # the compiled code holds its CUDA graphs' memory
@@ -383,8 +392,8 @@ def draw(result: dict[str, Any], path: str) -> None:
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, list[str]]:
     """-> flags, device and the implementations to measure; ValueError for nonsense"""
-    count = train.number(int, 1, 10**6)
-    parser = train.Parser(prog="step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    count = runs.number(int, 1, 10**6)
+    parser = runs.Parser(prog="step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                           allow_abbrev=False)
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), metavar="SIZE",
                         help=f"network and batch: {', '.join(SIZES)} (default: bc100-64; on a CPU bc40-16)")
@@ -435,7 +444,8 @@ def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> dic
                     if implementation.graph and args.only in name]
         if left_out:
             print(f"left out: {', '.join(left_out)} (CUDA graphs are a GPU's)")
-        print("ratios only: on a CPU seconds, images/s and shares hold for this machine and moment")
+        print("ratios only: on a CPU seconds, images/s and shares hold for this machine and moment; where others\n"
+              "work on it, even ratios are block.py's to tell, whose implementations take turns, a step each")
     sizes = {}
     for name in dict.fromkeys(args.size):
         size = SIZES[name]

@@ -1,0 +1,120 @@
+"""tests/benchmarks/step.py on a tiny network: its table, its files, its forecast of bytes, what it refuses."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+import step
+
+TINY = step.Size(growthRate=4, layers=(1, 1, 1), batchSz=4, imageSize=8)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """Runs the command on the CPU with the size "tiny"."""
+    monkeypatch.setitem(step.SIZES, "tiny", TINY)
+    gc.freeze()  # or each collection walks through all of torch again: 0.15 s
+    yield lambda *flags: step.main(["--size", "tiny", "--device", "cpu", "--steps", "2", "--warmup", "1", *flags])
+    gc.unfreeze()
+
+
+def test_bytes_to_move_by_hand():
+    """k=2, two blocks of one layer, an image of 4x4: 4 channels, 6 behind the layer, 3 behind the transition, 5."""
+    size = step.Size(growthRate=2, layers=(1, 1), batchSz=1, imageSize=4)
+    stem = 2 * 4 * 16
+    block1 = (5 * 4 + 4 * 4 + 29 * 2 + 3 * 6) * 16 + 2 * 3 * 4
+    block2 = (5 * 3 + 4 * 3 + 29 * 2 + 3 * 5) * 4 + 2 * 5
+    assert step.values_to_move(size) == stem + block1 + block2 == 2354
+    parameters = 108 + (8 + 32 + 16 + 144) + (12 + 18) + (6 + 24 + 16 + 144) + 10 + (50 + 10)
+    fixed = 4 * 2 * 3 * 16 + 32 * parameters
+    assert step.bytes_to_move(size, "fp32") == step.bytes_to_move(size, "tf32") == 4 * 2354 + fixed
+    assert step.bytes_to_move(size, "bf16") == 2 * 2354 + fixed
+
+
+def test_bytes_to_move_of_the_paper_networks():
+    """Of BC 100-12's layers 4 passes over 2.925 million values an image; twice the images, twice the activations."""
+    size = step.SIZES["bc100-64"]
+    wide = step.values_to_move(size)
+    assert 4 * 2_925_000 * 64 < wide < 2 * 4 * 2_925_000 * 64
+    assert step.values_to_move(step.SIZES["bc100-256"]) == 4 * wide
+    imagenet = step.values_to_move(step.SIZES["densenet121-64"])
+    stem = 64 * 64 * (4 * 112**2 + 3 * 56**2)
+    assert imagenet > stem and imagenet / 64 == imagenet // 64
+
+
+def test_table_json_and_plot(measure, tmp_path, capsys):
+    file, figure = tmp_path / "step.json", tmp_path / "step.png"
+    assert measure("--precision", "fp32", "bf16", "--json", str(file), "--plot", str(figure)) == 0
+    result, output = json.loads(file.read_text()), capsys.readouterr()
+    assert "ratios only" in output.out and "left out: torchvision compiled" in output.out and not output.err
+    assert figure.read_bytes().startswith(b"\x89PNG") and result["copyBytesPerSecond"] > 0
+    rows = result["sizes"]["tiny"]["rows"]
+    names = [name for name, implementation in step.IMPLEMENTATIONS.items() if not implementation.graph]
+    assert [(r["precision"], r["implementation"]) for r in rows] == [(p, n) for p in ("fp32", "bf16") for n in names]
+    for row in rows:
+        assert row["seconds"] > 0 and len(row["steps"]) == 2 and row["operations"] > 50 and row["peak"] >= 0
+        assert row["bytes"] == step.bytes_to_move(TINY, row["precision"])
+        assert row["imagesPerSecond"] == pytest.approx(4 / row["seconds"])
+        assert row["shareOfCopy"] == pytest.approx(row["bytes"] / row["seconds"] / result["copyBytesPerSecond"])
+        assert row["ratio"] == 1 if row["implementation"] == "torchvision" else row["ratio"] > 0
+        assert row.get("path") == {"ours plain": "textbook", "ours efficient": "efficient",
+                                   "ours max": "max"}.get(row["implementation"])
+
+
+def test_operations_are_the_outermost_that_compute():
+    x = torch.ones(4, 4)
+    device = torch.device("cpu")
+    assert step.count_kernels(lambda: torch.nn.functional.linear(x, x), device)["operations"] == 1  # which calls others
+    assert step.count_kernels(lambda: x.view(2, 8).t()[0].to(torch.float32), device)["operations"] == 0
+    assert step.count_kernels(lambda: x.to(torch.bfloat16).add_(1), device)["operations"] == 2
+
+
+def test_out_of_memory_is_told_and_the_others_go_on(measure, monkeypatch, tmp_path, capsys):
+    whole = step.measure
+
+    def fails(implementation, *rest):
+        if implementation.option is True:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return whole(implementation, *rest)
+    monkeypatch.setattr(step, "measure", fails)
+    file = tmp_path / "step.json"
+    assert measure("--only", "ours", "--json", str(file), "--plot", str(tmp_path / "step.png")) == 0
+    rows = json.loads(file.read_text())["sizes"]["tiny"]["rows"]
+    assert [row.get("error") for row in rows] == [None, "out of memory", None]
+    assert rows[0]["ratio"] is None
+    assert any(line.split() == ["ours", "efficient", "fp32", "out", "of", "memory"]
+               for line in capsys.readouterr().out.splitlines())
+
+
+def test_table_of_a_gpu(capsys):
+    """Its columns, of which a CPU's table has others; the numbers are made up."""
+    device = torch.device("cuda")
+    step.print_header("tiny", TINY, device)
+    step.print_row({"implementation": "ours efficient graph", "precision": "bf16", "seconds": 0.002, "ratio": 8.5,
+                    "imagesPerSecond": 2000.0, "peak": 3 * 2**20, "launches": 7, "kernels": 4321, "bytes": 10**6,
+                    "shareOfCopy": 0.25}, device)
+    _, _, header, row = capsys.readouterr().out.splitlines()
+    assert row.split() == "ours efficient graph bf16 0.0020 2000.0 8.50 3 7 4,321 1.0 25.0%".split()  # noqa: SIM905
+    assert len(header) == len(row)
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--size", "bc39"], "bc39"),
+    (["--steps", "0"], "from 1"),
+    (["--precision", "tf32"], "tf32 is a GPU's"),
+    (["--device", "cuda:99"], "valid are cpu"),
+    (["--only", "keras"], "keras"),
+    (["--only", "graph"], "graph"),
+    (["--json", "missing/step.json"], "missing/step.json"),
+    (["--plot", "step.pdf"], ".png"),
+])
+def test_refusals(flags, told, measure, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert measure(*flags) == 2
+    output = capsys.readouterr()
+    assert told in output.err and output.err.count("\n") == 1 and not output.out
