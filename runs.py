@@ -510,8 +510,9 @@ class Processes:
     All processes call each method at the same point, or they would wait for each other for ever.
     """
 
-    def __init__(self):
+    def __init__(self, signals: Signals):
         """Raises ValueError for an environment that torchrun does not make."""
+        self.signals = signals
         variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         if "MASTER_ADDR" in os.environ:  # or it is not torchrun's, and not for us
             variables = {name: os.environ.get(name, "") for name in variables}
@@ -602,20 +603,20 @@ class Processes:
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
 
-    def check(self, signals: Signals) -> None:
-        """As ``signals.check``, for a signal that came to any process; in all of them after the same step.
+    def check(self) -> None:
+        """Raises Stopped if a signal came to any process; in all of them after the same step.
 
         Each tells the others without waiting, and reads what they told a step ago.
         """
         if self.size == 1:
-            return signals.check()
+            return self.signals.check()
         if self.stop:
             work, number = self.stop
             work.wait()
             if number.item():
-                signals.received = int(number)
+                self.signals.received = int(number)
                 raise Stopped
-        number = torch.tensor(signals.received or 0)
+        number = torch.tensor(self.signals.received or 0)
         self.stop = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True), number
 
 

@@ -374,8 +374,7 @@ class GraphedStep:
         return graph
 
 
-def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, signals: Signals,
-                processes: Processes) -> list[float]:
+def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, processes: Processes) -> list[float]:
     """-> the epoch's mean loss and error in percent; a row an iteration goes to train.csv.
 
     Raises:
@@ -394,7 +393,7 @@ def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, signals
               disable=None if processes.first else True) as bar:
         for i, (images, labels) in enumerate(stream, 1):
             pending.append(step(images, labels, sizes[i - 1] / processes.size))
-            processes.check(signals)
+            processes.check()
             bar.update()
             if len(pending) == read_every or i == n:
                 values = (processes.sum(torch.stack(pending)) / processes.size).tolist()
@@ -419,7 +418,7 @@ def last_good(epoch: int) -> str:
 
 
 @torch.no_grad()
-def evaluate(net, batches: data.Batches, precision: str, signals: Signals, processes: Processes) -> list[float]:
+def evaluate(net, batches: data.Batches, precision: str, processes: Processes) -> list[float]:
     """-> mean loss and error in percent over all images, of which each process takes its share"""
     net.eval()
     total = torch.zeros(2, dtype=torch.float32 if batches.device.type == "mps" else torch.float64,
@@ -431,7 +430,7 @@ def evaluate(net, batches: data.Batches, precision: str, signals: Signals, proce
         total[0] += F.nll_loss(output, labels, reduction="sum")
         total[1] += (output.argmax(1) != labels).sum() * 100
         if processes.size == 1:  # several stop together, at the next step
-            signals.check()
+            processes.check()
     net.train()
     return (processes.sum(total) / batches.n).tolist()
 
@@ -481,8 +480,7 @@ def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, now: di
 
 
 def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None,
-        checkpoint: dict[str, Any] | None, run: Run, plotter: Plotter, signals: Signals,
-        processes: Processes) -> dict[str, Any]:
+        checkpoint: dict[str, Any] | None, run: Run, plotter: Plotter, processes: Processes) -> dict[str, Any]:
     """Trains from the checkpoint to the last epoch; -> its number, its results and the best one.
 
     Whatever is refused is refused before ``signals.writing``.
@@ -497,15 +495,10 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
     progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "val", "test", "best")}
 
     processes.from_first(run.lock)
-    signals.writing = True
+    processes.signals.writing = True
     processes.from_first(lambda: run.begin(about, checkpoint, args.overwrite))
     setproctitle.setproctitle(f"train.py {args.save}")
-    say(f"{args.save}: {args.arch or f'L={args.depth} k={args.growthRate}'}, {count(net):,} parameters, "
-        f"{about['environment']['device']}{f' x {processes.size}' * (processes.size > 1)}, "
-        f"{about['trainImages']:,} training and {about['testImages']:,} test images")
-    if device.type == "cuda" and processes.size == 1 and torch.cuda.device_count() > 1 and not args.device:
-        say(f"there are {torch.cuda.device_count()} GPUs here and this process uses one; for all of them: torchrun "
-            f"--nproc-per-node={torch.cuda.device_count()} train.py ...")
+    announce(args, about, device, processes)
     train, val, test = (s and data.Batches(s, about["mean"], about["std"], device) for s in sets)
     step = make_step(args, processes.wrap(net), optimizer, device, processes)
     for epoch in range((progress["epoch"] or 0) + 1, args.nEpochs + 1):
@@ -513,10 +506,10 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
         rate = learning_rate(args.opt, args.lr, epoch, about["scheduleEpochs"])
         for group in optimizer.param_groups:
             group["lr"] = rate
-        trainLoss, trainError = train_epoch(step, train, args, epoch, run, signals, processes)
+        trainLoss, trainError = train_epoch(step, train, args, epoch, run, processes)
         processes.share_buffers(net)
         name = "val" if val else "test"
-        loss, error = evaluate(net, val or test, args.precision, signals, processes)
+        loss, error = evaluate(net, val or test, args.precision, processes)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {name} loss is {loss} after epoch {epoch}; {last_good(epoch)}")
         run.add(f"{name}.csv", [(epoch, loss, error)])
@@ -524,15 +517,25 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
         if is_best:
             progress["best"] = {"error": error, "epoch": epoch}
         progress |= {"epoch": epoch, "test": None, name: {"loss": loss, "error": error}}
-        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-        processes.from_first(lambda: run.save(about | progress | state, best=val is not None and is_best))  # noqa: B023
+        state = about | progress | {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+        processes.from_first(functools.partial(run.save, state, best=is_best and val is not None))
         say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  {name} "
             f"loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
         plotter.start()
-        processes.check(signals)
+        processes.check()
     if not progress["test"]:
-        progress["test"] = test_best(args, net, optimizer, test, about | progress, run, signals, processes)
+        progress["test"] = test_best(args, net, optimizer, test, about | progress, run, processes)
     return progress
+
+
+def announce(args: argparse.Namespace, about: dict[str, Any], device: torch.device, processes: Processes) -> None:
+    say(f"{args.save}: {args.arch or f'L={args.depth} k={args.growthRate}'}, {about['parameters']:,} parameters, "
+        f"{about['environment']['device']}{f' x {processes.size}' * (processes.size > 1)}, "
+        f"{about['trainImages']:,} training and {about['testImages']:,} test images")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and processes.size == 1 and gpus > 1 and not args.device:
+        say(f"there are {gpus} GPUs here and this process uses one; for all of them: torchrun --nproc-per-node={gpus} "
+            "train.py ...")
 
 
 def make_step(args: argparse.Namespace, net, optimizer, device: torch.device, processes: Processes):
@@ -544,19 +547,19 @@ def make_step(args: argparse.Namespace, net, optimizer, device: torch.device, pr
 
 
 def test_best(args: argparse.Namespace, net: densenet.DenseNet, optimizer, test: data.Batches,
-              about: dict[str, Any], run: Run, signals: Signals, processes: Processes) -> dict[str, float]:
+              about: dict[str, Any], run: Run, processes: Processes) -> dict[str, float]:
     """The one use of the test set in a run with validation: with the weights of the best epoch."""
     epoch = about["best"]["epoch"]
     last = copy.deepcopy(net.state_dict())
     net.load_state_dict(processes.from_first(lambda: run.read_best(epoch)["model"]))
-    loss, error = evaluate(net, test, args.precision, signals, processes)
+    loss, error = evaluate(net, test, args.precision, processes)
     run.add("test.csv", [(epoch, loss, error)])
     about["test"] = {"loss": loss, "error": error}
     processes.from_first(lambda: run.save(about | {"model": last, "optimizer": optimizer.state_dict()}))
     return about["test"]
 
 
-def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, processes: Processes) -> None:
+def train(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> None:
     """The whole run, or what is left of it."""
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise ValueError("--overwrite would replace what was trained before this restart; restart with --resume")
@@ -567,8 +570,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, pro
         plotter = Plotter(args.save, enabled=not args.no_plot and processes.first)
         is_done = checkpoint and checkpoint["epoch"] >= args.nEpochs and checkpoint["test"]
         try:
-            result = (checkpoint if is_done
-                      else fit(args, device, saved, checkpoint, run, plotter, signals, processes))
+            result = checkpoint if is_done else fit(args, device, saved, checkpoint, run, plotter, processes)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
@@ -583,8 +585,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], signals: Signals, pro
         say(f"{what} after {result['epoch']} epochs; everything is in {args.save}")
 
 
-def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], signals: Signals,
-                        processes: Processes) -> None:
+def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> None:
     """Of the flags that choose images, those that are not given are the checkpoint's."""
     if processes.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
@@ -599,7 +600,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], signals
     if test.classes != net.classes:
         raise ValueError(f"--data {args.data} has the classes {test.classes}, the checkpoint {net.classes}")
     batches = data.Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
-    loss, error = evaluate(net, batches, args.precision, signals, processes)
+    loss, error = evaluate(net, batches, args.precision, processes)
     say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
 
 
@@ -608,12 +609,12 @@ def main(argv: list[str] | None = None) -> int:
     processes = None
     with Signals() as signals:
         try:
-            processes = Processes()
+            processes = Processes(signals)
             args, given = parse_args(argv)
             if args.evaluate:
-                evaluate_checkpoint(args, given, signals, processes)
+                evaluate_checkpoint(args, given, processes)
             else:
-                train(args, given, signals, processes)
+                train(args, given, processes)
             processes.end()
             return 0
         except SystemExit as stop:  # argparse's, after --help

@@ -112,13 +112,13 @@ def check_failures_are_told_once(processes: Processes) -> None:
 
 def check_a_signal_to_one_stops_all_at_the_same_step(processes: Processes) -> None:
     steps = 0
-    with runs.Signals() as signals, pytest.raises(runs.Stopped):
+    with processes.signals as signals, pytest.raises(runs.Stopped):
         signals.writing = True
         while steps < 10:
             steps += 1
             if steps == 3 and processes.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            processes.check(signals)
+            processes.check()
     assert (steps, signals.received) == (4, signal.SIGTERM)
     processes.stop = None
 
@@ -228,7 +228,7 @@ def test_alone_it_starts_no_process_group(argv, tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    processes = Processes()
+    processes = Processes(runs.Signals())
     processes.start(torch.device("cpu"))
     check_sync_batch_norm(processes)
     check_gradients(processes, sync=False)

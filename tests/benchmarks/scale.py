@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import train
 from densenet import DenseNet
-from runs import Processes
+from runs import Processes, Signals
 
 
 def timed(function, device: torch.device, repetitions: int) -> float:
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="repetitions of each (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="default: %(default)s")
     args = parser.parse_args()
-    processes = Processes()
+    processes = Processes(Signals())
     if args.batchSz % processes.size:
         parser.error(f"--batchSz {args.batchSz} cannot be shared by {processes.size} processes")
     args.deterministic, args.no_cuda, args.device = False, False, None
