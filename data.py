@@ -10,6 +10,7 @@ import io
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,7 +278,8 @@ def visible(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    names = visible(folder, lambda path: path.suffix.lower() in IMG_EXTENSIONS and not path.is_dir())
+    names = visible(folder, lambda path: path.suffix.lower() in IMG_EXTENSIONS
+                    and not path.is_dir() and not path.is_fifo())  # to read a pipe is to wait for ever
     if not names:
         raise DataError(f"{folder} has no image; valid endings are {', '.join(IMG_EXTENSIONS)}")
     return [folder / name for name in names]
@@ -285,7 +287,8 @@ def image_files(folder: Path) -> list[Path]:
 
 def check_memory(n: int, imageSize: int) -> None:
     """Of the whole machine: what is free now does not count the files that the system can drop from its cache."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine: each has the images
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's, on this machine: each has the images
+    processes = int(processes) if processes.isdecimal() else 1
     needed = 2 * processes * n * 3 * imageSize ** 2  # decoded, and as Batches has them
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
@@ -295,6 +298,7 @@ def check_memory(n: int, imageSize: int) -> None:
 
 def decode(files: list[Path], imageSize: int) -> torch.Tensor:
     """-> uint8 (N, C, imageSize, imageSize)"""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd palettes and sizes: what counts is that it decodes
     images, gray = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8), True
     with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without Python's lock
         decoded = pool.map(lambda path: decode_image(path, imageSize), files)

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,12 +122,14 @@ class DenseNet(nn.Module):
         super().__init__()
         if depth is None and blockConfig is None:
             depth = 100
+        if blockConfig is not None:
+            blockConfig = [*blockConfig] if isinstance(blockConfig, Iterable) else blockConfig
         if efficient not in (True, False, "max"):
             raise ValueError(f"efficient is {efficient!r}; valid are True, False and 'max'")
         self.arguments = dict(
             growthRate=growthRate, depth=depth, reduction=reduction, nClasses=nClasses, bottleneck=bottleneck,
-            blockConfig=None if blockConfig is None else [*blockConfig], smallInputs=smallInputs, dropRate=dropRate,
-            initChannels=initChannels, inChannels=inChannels)
+            blockConfig=blockConfig, smallInputs=smallInputs, dropRate=dropRate, initChannels=initChannels,
+            inChannels=inChannels)
         check_geometry(**self.arguments)
         self.efficient = efficient
 
@@ -214,14 +216,18 @@ class DenseNet(nn.Module):
         Raises:
             ValueError: naming the first entry that is missing, unknown or of another shape; nothing is changed then.
         """
-        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key): value for key, value in state_dict.items()}
+        if not (isinstance(state_dict, Mapping) and all(torch.is_tensor(value) for value in state_dict.values())):
+            raise ValueError(f"the state dict is a {type(state_dict).__name__}; valid is a dict of names and tensors")
+        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key)): value for key, value in state_dict.items()}
         taken = {}
         for name, value in self.state_dict().items():
             found = theirs.pop(key := torchvision_name(name), None)
-            if found is None and not name.endswith("num_batches_tracked"):  # which older files lack
-                raise ValueError(f"the state dict has no {key}, which {name} would take: it is another network's")
-            if found is None or (name.startswith("fc.") and not classifier):
+            if name.startswith("fc.") and not classifier:
                 continue
+            if found is None and name.endswith("num_batches_tracked"):  # which older files lack
+                continue
+            if found is None:
+                raise ValueError(f"the state dict has no {key}, which {name} would take: it is another network's")
             if found.shape != value.shape:
                 raise ValueError(f"{key} has shape {tuple(found.shape)}; valid for {name} is {tuple(value.shape)}")
             taken[name] = found
@@ -257,11 +263,12 @@ def check_geometry(growthRate: int, depth: int | None, reduction: float, nClasse
     for name, value in sizes.items():
         if value is None and name in ("depth", "initChannels"):
             continue
-        if not isinstance(value, int) or value < 1:
+        if not is_count(value):
             raise ValueError(f"{name} is {value!r}; valid are whole numbers from 1")
     if depth is not None and blockConfig is not None:
         raise ValueError(f"depth is {depth} and blockConfig {blockConfig}; valid is one of them")
-    if blockConfig is not None and not (blockConfig and all(isinstance(n, int) and n > 0 for n in blockConfig)):
+    is_list = isinstance(blockConfig, list) and len(blockConfig) > 0
+    if blockConfig is not None and not (is_list and all(map(is_count, blockConfig))):
         raise ValueError(f"blockConfig is {blockConfig}; valid are whole numbers from 1, one for each block")
     step = 6 if bottleneck else 3
     if depth is not None and (depth < 4 + step or (depth - 4) % step):
@@ -269,29 +276,39 @@ def check_geometry(growthRate: int, depth: int | None, reduction: float, nClasse
         nearest = f"{below}" if depth < below else f"{below} and {below + step}"
         kind = "with" if bottleneck else "without"
         raise ValueError(f"depth is {depth}; valid {kind} bottleneck is {step}n + 4, nearest {nearest}")
+    for name, value in dict(bottleneck=bottleneck, smallInputs=smallInputs).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; valid are True and False")
+    for name, value in dict(reduction=reduction, dropRate=dropRate).items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}; valid are numbers")
     if not 0 < reduction <= 1:
         raise ValueError(f"reduction is {reduction}; valid is above 0 and at most 1")
     if not 0 <= dropRate < 1:
         raise ValueError(f"dropRate is {dropRate}; valid is from 0 to below 1")
 
 
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def densenet121(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 7,978,856 parameters; ``arguments`` as DenseNet's."""
+    """DenseNet-BC for ImageNet (paper, table 1), 7,978,856 parameters; ``arguments``: DenseNet's others."""
     return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 24, 16), smallInputs=False, **arguments)
 
 
 def densenet169(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 14,149,480 parameters; ``arguments`` as DenseNet's."""
+    """DenseNet-BC for ImageNet (paper, table 1), 14,149,480 parameters; ``arguments``: DenseNet's others."""
     return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 32, 32), smallInputs=False, **arguments)
 
 
 def densenet201(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 20,013,928 parameters; ``arguments`` as DenseNet's."""
+    """DenseNet-BC for ImageNet (paper, table 1), 20,013,928 parameters; ``arguments``: DenseNet's others."""
     return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 48, 32), smallInputs=False, **arguments)
 
 
 def densenet161(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC with k=48 for ImageNet (the official models), 28,681,000 parameters; ``arguments`` as DenseNet's."""
+    """DenseNet-BC, k=48, for ImageNet (official models), 28,681,000 parameters; ``arguments``: DenseNet's others."""
     return DenseNet(48, nClasses=nClasses, blockConfig=(6, 12, 36, 24), smallInputs=False, **arguments)
 
 
@@ -305,21 +322,28 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNe
         ValueError: if the file is damaged or not such a checkpoint.
         OSError: if it cannot be read.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     if missing := {"arguments", "model", "mean", "std", "classes"} - checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py: it has no {min(missing)}")
-    net = DenseNet(**checkpoint["arguments"]).to(device)
-    net.load_state_dict(checkpoint["model"])
+    try:
+        net = DenseNet(**checkpoint["arguments"])
+        net.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this train.py ({str(error).splitlines()[0]})") from None
     for name in ("mean", "std"):
-        net.register_buffer(name, torch.tensor(checkpoint[name], device=device)[:, None, None], persistent=False)
+        net.register_buffer(name, torch.tensor(checkpoint[name])[:, None, None], persistent=False)
     net.classes = checkpoint["classes"]
-    return net.eval()
+    return net.to(device).eval()
 
 
-def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
-    """The dict that train.py saved, each byte checked against its checksum; never runs code of the file.
+class ForeignFile(ValueError):
+    """A sound file, but no checkpoint of train.py."""
 
-    Raises: as ``load``.
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The dict that train.py saved, on the CPU, each byte checked against its checksum; never runs code of the file.
+
+    Raises: as ``load``; ForeignFile if it is sound but something else.
     """
     try:
         with open(path, "rb") as file:
@@ -327,20 +351,20 @@ def read_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
                 if bad := archive.testzip():
                     raise ValueError(f"{path} is damaged (at {bad})")
             file.seek(0)
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, ValueError):
         raise
     except zipfile.BadZipFile:
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it holds other objects than tensors and plain "
+        raise ForeignFile(f"{path} is not a checkpoint of train.py: it holds other objects than tensors and plain "
                          "values, and loading those could run code") from None
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py "
                          f"({str(error).splitlines()[0][:120]})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a checkpoint of this train.py: its format is {found}; valid is 1")
+        raise ForeignFile(f"{path} is not a checkpoint of this train.py: its format is {found}; valid is 1")
     return checkpoint
 
 

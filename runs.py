@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -29,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 
-from densenet import read_checkpoint
+from densenet import ForeignFile, read_checkpoint
 
 CSVS = ("train.csv", "val.csv", "test.csv")
 CSV_HEADER = b"epoch,loss,error\n"
@@ -61,6 +62,7 @@ class Run:
         self.holds_run = False
         self.lock_handle: int | None = None
         self.loaded = CHECKPOINTS[0]  # what load took
+        self.savedEpoch = 0  # of latest.pth
 
     def __enter__(self) -> "Run":
         return self
@@ -145,6 +147,8 @@ class Run:
             if sizes.get(name, 0) < length:
                 raise RunError(f"{self.path / name} has {sizes.get(name, 0)} bytes, but the checkpoint was saved with "
                                f"{length}: rows are lost; put the file back, or start again with --overwrite")
+        if checkpoint.get("valImages") and checkpoint["best"]["epoch"] != checkpoint["epoch"]:
+            self.read_best(checkpoint["best"]["epoch"])  # not only when it is needed, at the end
         return about or checkpoint, checkpoint
 
     def load(self) -> dict[str, Any] | None:
@@ -162,7 +166,7 @@ class Run:
                 problem = problem or f"{path} is missing"
                 continue
             except ValueError as error:
-                if "is not a checkpoint" in str(error):  # somebody else's: it must not be replaced
+                if isinstance(error, ForeignFile):  # it must not be replaced
                     raise
                 problem = f"{path} is damaged"
                 continue
@@ -170,7 +174,7 @@ class Run:
                 raise RunError(f"{path} is not a checkpoint of a run: parts of it are missing")
             if problem:
                 warn(f"{problem}; continuing from {name}, epoch {checkpoint['epoch']}")
-            self.loaded = name
+            self.loaded, self.savedEpoch = name, checkpoint["epoch"]
             return checkpoint
         if any(os.path.lexists(self.path / name) for name in CHECKPOINTS):
             raise RunError(f"{problem}; none of the run's checkpoints can be used: start again with --overwrite")
@@ -202,7 +206,9 @@ class Run:
                 file.write((json.dumps(about, indent=2) + "\n").encode())
         if checkpoint and about["valImages"] and checkpoint["best"]["epoch"] == checkpoint["epoch"]:
             self.keep_as_best(self.loaded)  # it may have been killed between the two
-        lengths = checkpoint["csvLengths"] if checkpoint else {}
+        lengths = dict(checkpoint["csvLengths"]) if checkpoint else {}
+        if checkpoint and about["valImages"] and checkpoint["epoch"] < about["flags"]["nEpochs"]:
+            lengths["test.csv"] = 0  # of a shorter run's end: there will be another
         for name in CSVS if about["valImages"] else ("train.csv", "test.csv"):
             with naming(self.path / name):
                 handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -230,9 +236,9 @@ class Run:
         latest, previous = (self.path / name for name in CHECKPOINTS)
         with replacing(latest) as file:
             torch.save(checkpoint | {"csvLengths": lengths}, file)
-            if self.loaded == latest.name and latest.exists():  # or it is damaged
-                keep_as(latest, previous)
-        self.loaded = latest.name
+            if self.loaded == latest.name and latest.exists() and self.savedEpoch != checkpoint["epoch"]:
+                keep_as(latest, previous)  # unless it is damaged, or this one with the test result added
+        self.loaded, self.savedEpoch = latest.name, checkpoint["epoch"]
         if best:
             self.keep_as_best(latest.name)
 
@@ -246,9 +252,11 @@ class Run:
         try:
             checkpoint = read_checkpoint(path)
         except FileNotFoundError:
-            raise RunError(f"{path} is missing; it is the checkpoint of epoch {epoch}") from None
+            raise RunError(f"{path} is missing, the checkpoint of epoch {epoch}; put it back, or start again with "
+                           "--overwrite") from None
         if checkpoint.get("epoch") != epoch:
-            raise RunError(f"{path} is the checkpoint of epoch {checkpoint.get('epoch')}; the best was epoch {epoch}")
+            raise RunError(f"{path} is the checkpoint of epoch {checkpoint.get('epoch')}, the best was epoch {epoch}; "
+                           "put that back, or start again with --overwrite")
         return checkpoint
 
 
@@ -351,6 +359,9 @@ def resumed_args(args: argparse.Namespace, given: dict[str, Any], saved: argpars
             raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
                            f"{flag(name, of_run) or 'not set it'}; leave it out to continue that run, or name another "
                            "--save")
+    if "data" not in given and not os.path.exists(saved.data):
+        raise RunError(f"the run's --data {saved.data} is not to be found from here; start in the directory in which "
+                       "the run was started, or give --data")
     merged = vars(saved) | given | {name: getattr(args, name) for name in OF_THE_COMMAND}
     if "device" in given or "no_cuda" in given:  # one replaces the other
         merged |= {"device": args.device, "no_cuda": args.no_cuda}
@@ -453,14 +464,14 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None}
 
 
-def restore_environment(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Sets the run's thread count, and warns of each other difference. -> the environment as it is then"""
+def restore_environment(saved: dict[str, Any], now: dict[str, Any], told: bool) -> dict[str, Any]:
+    """Sets the run's thread count; each other difference is ``told``. -> the environment as it is then"""
     threads = saved.get("threads")
     if isinstance(threads, int) and threads > 0 and saved.get("processes") == now["processes"]:
         torch.set_num_threads(threads)
     now = now | {"threads": torch.get_num_threads()}
     for name, value in now.items():
-        if value != saved.get(name):
+        if told and value != saved.get(name):
             warn(f"{name} is {value}, the run had {saved.get(name)}: it continues, but not to the same last bits")
     return now
 
@@ -520,7 +531,7 @@ class Processes:
             raise ValueError(f"the environment has {bad[0]}; several processes are started by torchrun")
         self.rank, self.size, self.localRank, self.localSize = map(int, variables.values())
         self.first = self.rank == 0
-        self.connected = False
+        self.connected = self.started = False
         self.stop: tuple[dist.Work, torch.Tensor] | None = None
 
     def start(self, device: torch.device) -> None:
@@ -529,7 +540,7 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                     store=dist.PrefixStore(self.agree_on_prefix(store), store), rank=self.rank,
                                     world_size=self.size, device_id=device if device.type == "cuda" else None)
-            self.connected = True
+            self.connected = self.started = True
 
     def agree_on_prefix(self, store: dist.Store) -> str:
         """A new name for this start's keys: after a restart torchrun's store still has those of the processes before,
@@ -547,11 +558,18 @@ class Processes:
         return own
 
     def end(self) -> None:
-        """After success or a stop; after a failure the others may be gone already."""
-        if self.stop:
-            self.stop[0].wait()
+        """Once, whatever has happened; without it a process that fails may end by a signal."""
         if self.connected:
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                if self.stop:
+                    self.stop[0].wait(timedelta(seconds=5))
+                dist.destroy_process_group()
+            self.connected = False
+
+    def say(self, message: str) -> None:
+        if self.first:
+            with naming(Path("standard output")):
+                print(message, flush=True)
 
     def together(self, function: Callable[[], Any]) -> Any:
         """What the function gives in each process. If one fails, all do: the first with the message, others Elsewhere.
@@ -705,4 +723,5 @@ def warn(message: str) -> None:
 
 def tell(message: str) -> None:
     with contextlib.suppress(OSError):  # where not even this can be written, it must not stop a training
-        print("train.py:", message, file=sys.stderr, flush=True)
+        sys.stderr.write(f"train.py: {message}\n")  # in one piece: several processes may share it
+        sys.stderr.flush()

@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
                        help="images a step, over all processes (default: %(default)s)")
     group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=None,
-                       help="default: 300; svhn 40")
+                       help="with --resume it can be more than the run had; the rest has its last rate (default: 300; "
+                            "svhn 40)")
     group.add_argument("--opt", choices=tuple(LEARNING_RATE), default="sgd",
                        help="sgd: momentum 0.9, the rate falls to a tenth at 1/2 and a hundredth at 3/4 of the epochs; "
                             "adam, rmsprop: constant rate (default: %(default)s)")
@@ -149,7 +151,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     for name in OF_THE_NETWORK if args.arch else ():
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"{flag(name, getattr(args, name))} contradicts --arch {args.arch}; give one of them")
-    if args.dataset != "folder" and args.imageSize:
+    if args.dataset != "folder" and args.imageSize and not args.evaluate:
         raise ValueError(f"--imageSize {args.imageSize}: --dataset {args.dataset} has its own size; valid with folder")
     if args.dataset != "svhn" and args.extra:
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
@@ -217,8 +219,8 @@ def make_net(args: argparse.Namespace, **more) -> densenet.DenseNet:
 def check_network(args: argparse.Namespace, device: torch.device, nProcesses: int) -> None:
     """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
     if args.batchSz % nProcesses:
-        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {nProcesses} processes; valid are its "
-                         "multiples")
+        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {nProcesses} processes; valid are "
+                         f"multiples of {nProcesses}")
     with torch.device("meta"):  # sizes alone
         net = make_net(args)
     side = (args.imageSize or 32) // (4 if args.arch else 1)
@@ -229,6 +231,23 @@ def check_network(args: argparse.Namespace, device: torch.device, nProcesses: in
     if needed > available:
         raise ValueError(f"a step of this network with --batchSz {args.batchSz} needs {needed / 1e9:.0f} GB of memory "
                          f"at least; {device} has {available / 1e9:.0f} GB")
+
+
+def check_images(args: argparse.Namespace, images: torch.Tensor, nProcesses: int) -> None:
+    """Raises ValueError if they are too small for the network, or a process's part of a batch for batch norm."""
+    smallest = min(data.batch_sizes(len(images), args.batchSz, nProcesses)) // nProcesses
+    with torch.device("meta"):  # shapes alone
+        net = make_net(args, inChannels=images.shape[1])
+        try:
+            net(torch.empty(2, *images.shape[1:]))
+        except ValueError as error:
+            raise ValueError(f"--imageSize {args.imageSize}: {error}") from None
+        try:
+            net(torch.empty(smallest, *images.shape[1:]))
+        except ValueError:
+            raise ValueError(f"--batchSz {args.batchSz} for {len(images)} images leaves a process one image alone, and "
+                             "the network one value a channel of it, without a variance; valid are others, or a "
+                             "larger --imageSize") from None
 
 
 def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, device: torch.device,
@@ -257,14 +276,18 @@ def make_net_and_optimizer(args: argparse.Namespace, images: data.ImageSet, devi
 
 
 def pretrained_weights(arch: str) -> dict[str, torch.Tensor]:
-    """Raises ValueError if they are neither in torch's cache nor can be downloaded."""
+    """Raises ValueError if they are neither in torch's cache, and sound, nor can be downloaded."""
     weights = torchvision.models.get_model_weights(arch).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/")[-1])
+    there = file.exists()
     try:
         with data.quiet_download(), contextlib.redirect_stderr(io.StringIO()):  # where torch announces it
-            return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--pretrained: the weights of {arch} are not in {torch.hub.get_dir()}/checkpoints, and their "
-                         f"download failed ({error}); put {weights.url.rsplit('/')[-1]} there") from None
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # urllib's, pickle's, zipfile's, torch's
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--pretrained: {file} is damaged ({reason}); remove it" if there else
+                         f"--pretrained: there is no {file}, and its download failed ({reason}); put it there"
+                         ) from None
 
 
 def count(net: torch.nn.Module) -> int:
@@ -414,7 +437,7 @@ def check_finite(values: list[list[float]], epoch: int, iteration: int) -> None:
 
 def last_good(epoch: int) -> str:
     kept = f"latest.pth is that of epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
-    return f"{kept}, a new run with a lower --lr may go well"
+    return f"{kept}; a new run with a lower --lr may go well (with --overwrite or another --save)"
 
 
 @torch.no_grad()
@@ -487,9 +510,10 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
     """
     now = runs.environment(device, args.precision, processes.size)
     if saved:
-        now = runs.restore_environment(saved["environment"], now)
+        now = runs.restore_environment(saved["environment"], now, told=processes.first)
     processes.together(lambda: check_network(args, device, processes.size))  # before a download
     sets = processes.one_by_one(lambda: load_sets(args))
+    processes.together(lambda: check_images(args, sets.train.images, processes.size))
     net, optimizer = processes.one_by_one(lambda: make_net_and_optimizer(args, sets.train, device, checkpoint))
     about = processes.together(lambda: describe_run(args, saved, now, net, sets))
     progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "val", "test", "best")}
@@ -519,8 +543,9 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
         progress |= {"epoch": epoch, "test": None, name: {"loss": loss, "error": error}}
         state = about | progress | {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
         processes.from_first(functools.partial(run.save, state, best=is_best and val is not None))
-        say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error {trainError:.2f}%  {name} "
-            f"loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
+        processes.say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {trainLoss:.4f} error "
+                      f"{trainError:.2f}%  {name} loss {loss:.4f} error {error:.2f}%  "
+                      f"{time.perf_counter() - start:.1f} s")
         plotter.start()
         processes.check()
     if not progress["test"]:
@@ -529,13 +554,14 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
 
 
 def announce(args: argparse.Namespace, about: dict[str, Any], device: torch.device, processes: Processes) -> None:
-    say(f"{args.save}: {args.arch or f'L={args.depth} k={args.growthRate}'}, {about['parameters']:,} parameters, "
-        f"{about['environment']['device']}{f' x {processes.size}' * (processes.size > 1)}, "
-        f"{about['trainImages']:,} training and {about['testImages']:,} test images")
+    network = args.arch or f"L={args.depth} k={args.growthRate}"
+    processes.say(f"{args.save}: {network}, {about['parameters']:,} parameters, {about['environment']['device']}"
+                  f"{f' x {processes.size}' * (processes.size > 1)}, {about['trainImages']:,} training and "
+                  f"{about['testImages']:,} test images")
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and processes.size == 1 and gpus > 1 and not args.device:
-        say(f"there are {gpus} GPUs here and this process uses one; for all of them: torchrun --nproc-per-node={gpus} "
-            "train.py ...")
+        processes.say(f"there are {gpus} GPUs here and this process uses one; for all of them: torchrun "
+                      f"--nproc-per-node={gpus} train.py ...")
 
 
 def make_step(args: argparse.Namespace, net, optimizer, device: torch.device, processes: Processes):
@@ -576,13 +602,14 @@ def train(args: argparse.Namespace, given: dict[str, Any], processes: Processes)
                 raise
             raise MemoryError(f"the memory does not hold a step of --batchSz {args.batchSz}; a new run with a smaller "
                               "one, or with --efficient max, needs less") from error
+        plotter.finish()  # what an earlier epoch started may have missed the last rows
         plotter.start()
         plotter.finish()
         error, best = result["test"]["error"], result["best"]
         what = (f"test error {error:.2f}% with the weights of epoch {best['epoch']}, the best in validation with "
                 f"{best['error']:.2f}%," if args.valSize else
                 f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})")
-        say(f"{what} after {result['epoch']} epochs; everything is in {args.save}")
+        processes.say(f"{what} after {result['epoch']} epochs; everything is in {args.save}")
 
 
 def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> None:
@@ -595,13 +622,15 @@ def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], process
     for name in ("dataset", "data", "classes", "imageSize", "pretrained", "precision"):
         if name not in given:
             setattr(args, name, checkpoint.get("flags", {}).get(name, getattr(args, name)))
+    if "data" not in given and not os.path.exists(args.data):
+        raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
     args.valSize, args.batchSz = 0, 1
     test = load_sets(args).test
     if test.classes != net.classes:
         raise ValueError(f"--data {args.data} has the classes {test.classes}, the checkpoint {net.classes}")
     batches = data.Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
     loss, error = evaluate(net, batches, args.precision, processes)
-    say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
+    processes.say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -615,22 +644,25 @@ def main(argv: list[str] | None = None) -> int:
                 evaluate_checkpoint(args, given, processes)
             else:
                 train(args, given, processes)
-            processes.end()
             return 0
         except SystemExit as stop:  # argparse's, after --help
             return stop.code
         except Stopped:
             status, reason = 128 + signals.received, f"stopped by {signal.Signals(signals.received).name}"
-            processes.end()
         except runs.Elsewhere:
             return 1 if signals.writing else 2
         except Exception as error:
             status, reason = 1 if signals.writing else 2, f"error: {explain(error, processes)}"
             if isinstance(error, (FloatingPointError, MemoryError)):  # as it would go again
-                return complain(reason, status, processes)
+                return complain(reason, status, processes, everywhere=isinstance(error, FloatingPointError))
+        finally:
+            if processes:
+                processes.end()
         if signals.writing:
-            reason += f"; ./train.py --save {shlex.quote(args.save)} --resume continues from the last epoch saved"
-        return complain(reason, status, processes)
+            again = (f"./train.py --save {shlex.quote(args.save)} --resume" if processes.size == 1 else
+                     "the same command with --resume")
+            reason += f"; {again} continues from the last epoch saved"
+        return complain(reason, status, processes, everywhere=status > 2 or not processes.started)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -654,16 +686,11 @@ def is_of_a_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def complain(reason: str, status: int, processes: Processes | None) -> int:
-    """In one line; the first process's alone where all say the same: before they are connected, or stopped."""
+def complain(reason: str, status: int, processes: Processes | None, everywhere: bool) -> int:
+    """In one line; of what happens ``everywhere``, only the first process's."""
     if processes is None or processes.first:
         runs.tell(" ".join(reason.split()))
-    elif processes.connected and status in (1, 2):
+    elif not everywhere:
         runs.tell(f"process {processes.rank}: {' '.join(reason.split())}")
     return status
 

@@ -319,6 +319,12 @@ def test_load_refuses_what_is_no_checkpoint(small, tmp_path):
     torch.save(checkpoint_of(small) | {"format": 2}, path)
     with pytest.raises(ValueError, match="its format is 2; valid is 1"):
         densenet.load(path)
+    torch.save(checkpoint_of(small) | {"arguments": {"growth": 4}}, path)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'growth'"):
+        densenet.load(path)
+    torch.save({"format": 1, "arguments": small.arguments}, path)
+    with pytest.raises(ValueError, match="it has no classes"):
+        densenet.load(path)
     content = io.BytesIO()
     torch.save(checkpoint_of(small), content)
     damaged = bytearray(content.getvalue())

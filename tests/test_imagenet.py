@@ -86,6 +86,19 @@ def test_old_files_load():
         torch.testing.assert_close(net.eval()(x), theirs.eval()(x).log_softmax(1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [None, "densenet121.pth", small_theirs(), {"features.conv0.weight": "x"}, [1]])
+def test_what_is_no_state_dict_is_refused(wrong):
+    with pytest.raises(ValueError, match="valid is a dict of names and tensors"):
+        DenseNet(**SMALL).load_torchvision(wrong)
+
+
+def test_a_backbone_without_classifier_loads():
+    theirs = {key: value for key, value in small_theirs().state_dict().items() if "classifier" not in key}
+    DenseNet(**SMALL).load_torchvision(theirs, classifier=False)
+    with pytest.raises(ValueError, match=r"has no classifier\.weight"):
+        DenseNet(**SMALL).load_torchvision(theirs)
+
+
 def test_another_classifier_is_left_alone():
     net = DenseNet(**SMALL | {"nClasses": 2})
     before = net.fc.weight.clone()
@@ -132,6 +145,9 @@ def test_any_number_of_blocks_and_the_smallest_input():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(depth=22, blockConfig=(3, 3, 3)), "depth is 22 and blockConfig [3, 3, 3]; valid is one of them"),
+    (dict(blockConfig=5), "blockConfig is 5; valid"), (dict(blockConfig=(True,)), "blockConfig is [True]"),
+    (dict(growthRate=True), "growthRate is True"), (dict(reduction="0.5"), "reduction is '0.5'; valid are numbers"),
+    (dict(bottleneck="no"), "bottleneck is 'no'; valid are True and False"), (dict(smallInputs=0), "smallInputs is 0"),
     (dict(blockConfig=()), "blockConfig is []; valid are whole numbers from 1, one for each block"),
     (dict(blockConfig=(6, 0)), "blockConfig is [6, 0]"),
     (dict(blockConfig=(6, 1.5)), "blockConfig is [6, 1.5]"),

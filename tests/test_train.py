@@ -408,6 +408,6 @@ def test_full_standard_output_and_none(images, tmp_path):
                           env=ONE_THREAD)
     assert done.stdout.split() == ["1", "1", "0"], done.stderr
     lines = done.stderr.splitlines()
-    assert [line.split(";")[0] for line in lines] == ["train.py: error: [Errno 28] No space left on device",
-                                                     "train.py: error: [Errno 32] Broken pipe"]
+    assert [line.split(";")[0] for line in lines] == ["train.py: error: standard output: No space left on device",
+                                                     "train.py: error: standard output: Broken pipe"]
     assert len(rows(tmp_path / "closed/train.csv")) == 3

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import densenet
+import plot
 import runs
 import train
 
@@ -183,25 +184,33 @@ def test_best_is_made_again_if_it_was_killed_before_it(flags, validated, tmp_pat
     assert differences(validated, save) == []
 
 
-def test_a_lost_or_foreign_best_is_named(validated, tmp_path, capsys):
+def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, tmp_path, capsys):
     save = shutil.copytree(validated, tmp_path / "run")
     best = densenet.read_checkpoint(save / "best.pth")["epoch"]
-    for change, message in ((lambda: (save / "best.pth").unlink(), f"is missing; it is the checkpoint of epoch {best}"),
-                            (lambda: torch.save({"format": 1, "epoch": 99}, save / "best.pth"), "of epoch 99")):
-        checkpoint = torch.load(save / "latest.pth", weights_only=True)
-        if checkpoint["best"]["epoch"] == checkpoint["epoch"]:
-            pytest.skip("the last epoch is the best: best.pth is made again")
-        torch.save(checkpoint | {"test": None}, save / "latest.pth")
+    assert best < 4  # or it would be made again
+    path = save / "best.pth"
+    for change, message in ((path.unlink, f"is missing, the checkpoint of epoch {best}; put it back"),
+                            (lambda: torch.save({"format": 1, "epoch": 99}, path), "of epoch 99, the best was")):
         change()
-        assert train.main(["--resume", "--save", str(save), "--no-plot"]) == 1
-        assert message in capsys.readouterr().err
+        assert message in refused(["--resume", "--nEpochs", "5", "--save", save, "--no-plot"], capsys)
+        assert [row[0] for row in csv(save / "val.csv")] == [1, 2, 3, 4]
 
 
 def test_more_epochs_after_the_end(validated, tmp_path):
     save = shutil.copytree(validated, tmp_path / "run")
     assert train.main(["--resume", "--nEpochs", "5", "--save", str(save), "--no-plot"]) == 0
     assert [row[0] for row in csv(save / "val.csv")] == [1, 2, 3, 4, 5]
-    assert len(csv(save / "test.csv")) == 2  # once at each end
+    assert len(csv(save / "test.csv")) == 1  # of this end, not of the one before
+    epochs = [densenet.read_checkpoint(save / name)["epoch"] for name in ("latest.pth", "previous.pth")]
+    assert epochs == [5, 4]
+
+
+def test_the_last_figures_have_the_last_rows(flags, tmp_path):
+    save = tmp_path / "run"
+    assert train.main([*[flag for flag in flags if flag != "--no-plot"], "--save", str(save)]) == 0
+    drawn = (save / "loss.png").read_bytes()
+    assert plot.main([str(save)]) == 0
+    assert (save / "loss.png").read_bytes() == drawn
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -231,8 +240,17 @@ def hub(tmp_path, monkeypatch):
 def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
     err = refused([*argv, "--save", tmp_path / "run"], capfd)
-    assert "no route to host" in err and "put densenet121-a639ec97.pth there" in err
+    assert "no route to host" in err and "there is no" in err and "densenet121-a639ec97.pth" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut", None])
+def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, capfd, content):
+    file = hub / "checkpoints/densenet121-a639ec97.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torch.nn.Linear(1, 1), file) if content is None else file.write_bytes(content)
+    argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
+    assert f"{file} is damaged" in refused([*argv, "--save", tmp_path / "run"], capfd)
 
 
 def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
@@ -280,3 +298,24 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
 def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
     assert message in refused(["--data", sample, *argv.split(), "--save", tmp_path / "run"], capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--imageSize", "2"], "--imageSize 2: input is 2x2, too small"),
+    (["--imageSize", "16", "--arch", "densenet121"], "--imageSize 16: input is 16x16, too small"),
+    (["--imageSize", "4", "--batchSz", "23"], "--batchSz 23 for 300 images leaves a process one image alone"),
+])
+def test_images_too_small_for_the_network_are_refused(folder, tmp_path, capsys, flags, message):
+    argv = ["--dataset", "folder", "--data", folder, "--save", tmp_path / "run", *flags]
+    assert message in refused(argv if "--arch" in flags else [*argv, *SMALL[:4]], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_data_are_elsewhere_is_not_downloaded_anew(sample, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(sample).parent)
+    assert train.main(["--data", Path(sample).name, *NOT_OF_A_RUN, "--save", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
+    for argv in (["--resume", "--nEpochs", "2", "--save", "run"], ["--evaluate", "run/latest.pth"]):
+        assert "--data cifar10-sample is not to be found from here" in refused(argv, capsys)
+    assert train.main(["--evaluate", "run/latest.pth", "--data", sample]) == 0
