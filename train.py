@@ -414,25 +414,25 @@ def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, process
     pending, total = [], np.zeros(2)
     with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False,
               disable=None if processes.first else True) as bar:
-        for i, (images, labels) in enumerate(stream, 1):
-            pending.append(step(images, labels, sizes[i - 1] / processes.size))
+        for i, (images, labels) in enumerate(stream):
+            pending.append(step(images, labels, sizes[i] / processes.size))
             processes.check()
             bar.update()
-            if len(pending) == read_every or i == n:
+            if len(pending) == read_every or i == n - 1:
                 values = (processes.sum(torch.stack(pending)) / processes.size).tolist()
-                first = i - len(values)  # of these iterations, from 0
-                check_finite(values, epoch, first + 1)
+                first = i + 1 - len(values)  # of these iterations
+                check_finite(values, epoch, first)
                 run.add("train.csv", [(epoch - 1 + j / n, *v) for j, v in enumerate(values, first)])
-                total += np.array(sizes[first:i]) @ np.array(values)
+                total += np.array(sizes[first:i + 1]) @ np.array(values)
                 bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
                 pending = []
     return (total / batches.n).tolist()
 
 
-def check_finite(values: list[list[float]], epoch: int, iteration: int) -> None:
-    for i, (loss, _) in enumerate(values, iteration):
+def check_finite(values: list[list[float]], epoch: int, first: int) -> None:
+    for i, (loss, _) in enumerate(values, first):
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, iteration {i}; {last_good(epoch)}")
+            raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, iteration {i + 1}; {last_good(epoch)}")
 
 
 def last_good(epoch: int) -> str:
@@ -502,11 +502,12 @@ def describe_run(args: argparse.Namespace, saved: dict[str, Any] | None, now: di
     return about | {name: saved[name] for name in ("scheduleEpochs", "environment", "mean", "std")}
 
 
-def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None,
-        checkpoint: dict[str, Any] | None, run: Run, plotter: Plotter, processes: Processes) -> dict[str, Any]:
-    """Trains from the checkpoint to the last epoch; -> its number, its results and the best one.
+def prepare(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None,
+            checkpoint: dict[str, Any] | None, processes: Processes):
+    """-> images, network, optimizer and what run.json is to tell; nothing is written yet
 
-    Whatever is refused is refused before ``signals.writing``.
+    Raises:
+        ValueError: for whatever has to be refused.
     """
     now = runs.environment(device, args.precision, processes.size)
     if saved:
@@ -516,6 +517,13 @@ def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | 
     processes.together(lambda: check_images(args, sets.train.images, processes.size))
     net, optimizer = processes.one_by_one(lambda: make_net_and_optimizer(args, sets.train, device, checkpoint))
     about = processes.together(lambda: describe_run(args, saved, now, net, sets))
+    return sets, net, optimizer, about
+
+
+def fit(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None,
+        checkpoint: dict[str, Any] | None, run: Run, plotter: Plotter, processes: Processes) -> dict[str, Any]:
+    """Trains from the checkpoint to the last epoch; -> its number, its results and the best one."""
+    sets, net, optimizer, about = prepare(args, device, saved, checkpoint, processes)
     progress = {name: checkpoint[name] if checkpoint else None for name in ("epoch", "val", "test", "best")}
 
     processes.from_first(run.lock)
@@ -662,7 +670,7 @@ def main(argv: list[str] | None = None) -> int:
             again = (f"./train.py --save {shlex.quote(args.save)} --resume" if processes.size == 1 else
                      "the same command with --resume")
             reason += f"; {again} continues from the last epoch saved"
-        return complain(reason, status, processes, everywhere=status > 2 or not processes.started)
+        return complain(reason, status, processes)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -686,11 +694,11 @@ def is_of_a_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def complain(reason: str, status: int, processes: Processes | None, everywhere: bool) -> int:
-    """In one line; of what happens ``everywhere``, only the first process's."""
+def complain(reason: str, status: int, processes: Processes | None, everywhere: bool = False) -> int:
+    """In one line; of what happens ``everywhere``, as all before the start and a signal, only the first process's."""
     if processes is None or processes.first:
         runs.tell(" ".join(reason.split()))
-    elif not everywhere:
+    elif processes.started and status <= 2 and not everywhere:
         runs.tell(f"process {processes.rank}: {' '.join(reason.split())}")
     return status
 
