@@ -163,11 +163,13 @@ def check_out(out: Path) -> None:
         raise ValueError(f"{existing}: no permission to write there; choose another place with --out")
 
 
-def summary(test: pd.DataFrame, column: str) -> str:
-    if test.empty:
+def summary(frame: pd.DataFrame, column: str) -> str:
+    if frame.empty:
         return "no rows yet"
-    finite = test[test[column].abs() < DIVERGED]
-    final, best = (NUMBER[column].format(value) for value in (test[column].iloc[-1], finite[column].min()))
+    finite = frame[frame[column].abs() < DIVERGED]
+    final, best = (NUMBER[column].format(value) for value in (frame[column].iloc[-1], finite[column].min()))
+    if len(frame) == 1:
+        return f"{final} at epoch {frame['epoch'].iloc[0]:g}"
     if finite.empty:
         return f"final {final}"
     return f"final {final}, best {best} at epoch {finite['epoch'][finite[column].idxmin()]:g}"
@@ -219,7 +221,7 @@ def draw_run(axes: Axes, run: Run, column: str, colour: str) -> list[Line2D]:
     """Train thin and light, validation dashed, test solid and on top: the last of the lines returned."""
     lines = [add_line(axes, frame, column, color=colour, label=label, **style)
              for frame, label, style in ((run.train, "train (mean over an epoch)", TRAIN),
-                                         (run.val, "validation", VAL)) if not frame.empty]
+                                         (run.val, f"validation ({summary(run.val, column)})", VAL)) if len(frame)]
     label = f"{run.label} test ({summary(run.test, column)})".lstrip()
     return [*lines, add_line(axes, run.test, column, color=colour, label=label, **TEST)]
 

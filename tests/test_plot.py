@@ -356,7 +356,7 @@ def test_test_rows_alone(tmp_path):
 def test_validation_is_drawn_where_there_is_one(tmp_path):
     assert "validation" not in legend(drawn(write_run(tmp_path)))
     axes = drawn(write_run(tmp_path, val=True))
-    assert legend(axes)[1] == "validation"
+    assert legend(axes)[1] == "validation (final 8.75%, best 8.75% at epoch 3)"
     assert axes.get_lines()[1].get_linestyle() == "--"
 
 
