@@ -222,6 +222,39 @@ def test_refusals(environment, argv, message, monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def of_four(rank: int) -> Processes:
+    processes = Processes(runs.Signals())
+    processes.rank = processes.localRank = rank
+    processes.size = processes.localSize = 4
+    processes.first = rank == 0
+    return processes
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for flags in ([], ["--device", "cuda"]):
+        devices = [train.choose_device(train.parse_args(flags)[0], of_four(rank)) for rank in range(4)]
+        assert devices == [torch.device("cuda", rank) for rank in range(4)]
+    assert train.choose_device(train.parse_args(["--no-cuda"])[0], of_four(1)) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda:1 for 4 processes; valid are cpu, cuda"):
+        train.choose_device(train.parse_args(["--device", "cuda:1"])[0], of_four(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--nproc-per-node 4 is more than the 2 GPUs here"):
+        train.choose_device(train.parse_args([])[0], of_four(3))
+
+
+def test_one_process_that_finds_several_gpus_says_how_to_use_them(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    about = {"parameters": 1, "environment": {"device": "H"}, "trainImages": 2, "testImages": 1}
+    args = train.parse_args([])[0]
+    train.announce(args, about, torch.device("cuda:0"), Processes(runs.Signals()))
+    assert "torchrun --nproc-per-node=4 train.py" in capsys.readouterr().out
+    train.announce(args, about, torch.device("cuda:0"), of_four(0))
+    assert capsys.readouterr().out.count("\n") == 1
+    train.announce(args, about, torch.device("cuda:1"), of_four(1))
+    assert capsys.readouterr().out == ""
+
+
 def test_alone_it_starts_no_process_group(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a process group"))
     assert train.main([*argv, "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
