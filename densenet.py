@@ -7,6 +7,7 @@ The textbook network comes first, then ImageNet's networks by name and how weigh
 efficient dense block: the same function, trained in less memory and less time; ``efficient=False`` switches it off.
 """
 
+import functools
 import math
 import os
 import pickle
@@ -387,21 +388,22 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
     spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, recompute, activation_dtype(x, norm.weight))
     with torch.autocast(x.device.type, enabled=False):  # what is cast, and where, the block decides itself
         out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
-    for layer in block:
-        update_running_statistics(layer.bn1, mean, var)
-        if bottleneck:
-            update_running_statistics(layer.bn2, *inner[:2])
-            inner = inner[2:]
-    update_running_statistics(norm, mean, var)
+    outer = [*(layer.bn1 for layer in block), norm]
+    update_running_statistics(outer, [mean] * len(outer), [var] * len(outer))
+    if bottleneck:
+        update_running_statistics([layer.bn2 for layer in block], inner[::2], inner[1::2])
     return out
 
 
 @torch.no_grad()
-def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor) -> None:
-    c = norm.num_features
-    norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean[:c], norm.momentum)
-    norm.running_var.lerp_(var[:c], norm.momentum)
+def update_running_statistics(norms: list[nn.BatchNorm2d], means: Sequence[torch.Tensor],
+                              variances: Sequence[torch.Tensor]) -> None:
+    """Lists in one operation: on a GPU three launches instead of three a norm."""
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    for name, new in (("running_mean", means), ("running_var", variances)):
+        running = [getattr(norm, name) for norm in norms]
+        new = [value[:len(old)] for value, old in zip(new, running, strict=True)]
+        torch._foreach_lerp_(running, new, norms[0].momentum)
 
 
 class BlockSpec(NamedTuple):
@@ -521,6 +523,11 @@ def empty_images(n, c, like, dtype):
     return torch.empty((n, c, *like.shape[2:]), dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def total(parts):
+    """Their sum; of one, itself."""
+    return functools.reduce(torch.add, parts)
+
+
 def column(v):
     """A value a channel, to be broadcast over (N, C, H, W)."""
     return v[:, None, None]
@@ -529,8 +536,8 @@ def column(v):
 def normalise(x, eps, out):
     """Writes xhat to ``out``. -> mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
     dtype, m = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
-    mean = sum(tile.sum((0, 2, 3), dtype=dtype) for (tile,) in tiles(x)) / m
-    squares = sum((tile - column(mean)).square_().sum((0, 2, 3)) for (tile,) in tiles(x))
+    mean = total(tile.sum((0, 2, 3), dtype=dtype) for (tile,) in tiles(x)) / m
+    squares = total((tile - column(mean)).square_().sum((0, 2, 3)) for (tile,) in tiles(x))
     rstd = (squares / m + eps).rsqrt()
     for tile, hat in tiles(x, out):
         torch.addcmul(column(-mean * rstd), tile, column(rstd), out=hat)
@@ -555,19 +562,17 @@ def affine_relu_conv(xhat, gamma, beta, weight):
 
 def affine_relu_conv_backward(dh, xhat, gamma, beta, weight, G, sums):
     """-> [dgamma, dbeta, dweight]; adds to G and sums as ``collect``"""
-    dweight = torch.zeros_like(weight)
-    return [*collect(conv_backward(dh, xhat, gamma, beta, weight, dweight), xhat, gamma, G, sums), dweight]
+    return collect(conv_backward(dh, xhat, gamma, beta, weight), xhat, gamma, G, sums)
 
 
-def conv_backward(dh, xhat, gamma, beta, weight, dweight):
-    """Yields da, a tile at a time, and adds to dweight."""
+def conv_backward(dh, xhat, gamma, beta, weight):
+    """Yields da and its part of dweight, a tile at a time."""
     padding, low = weight.shape[-1] // 2, weight.to(xhat.dtype)
     for dout, hat in tiles(dh, xhat):
         a = affine_relu(hat, gamma, beta)
-        da, dw, _ = torch.ops.aten.convolution_backward(
+        da, dweight, _ = torch.ops.aten.convolution_backward(
             dout, a, low, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))
-        dweight += dw
-        yield masked(da, a)
+        yield masked(da, a), dweight.to(weight.dtype)
 
 
 def pool_backward(dout, xhat, gamma, beta, pool):
@@ -575,7 +580,7 @@ def pool_backward(dout, xhat, gamma, beta, pool):
     for dpooled, hat in tiles(dout, xhat):
         a = affine_relu(hat, gamma, beta)
         da = torch.ops.aten.avg_pool2d_backward(dpooled, a, pool, pool, (0, 0), False, True, None)
-        yield masked(da, a)
+        yield (masked(da, a),)
 
 
 def masked(da, a):
@@ -583,17 +588,21 @@ def masked(da, a):
     return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
 
 
-def collect(das, xhat, gamma, G, sums):
-    """-> [dgamma, dbeta]; adds gamma da to G, and to the sums what that adds to them"""
-    dgamma, dbeta = torch.zeros_like(gamma), torch.zeros_like(gamma)
-    for da, (hat, g) in zip(das, tiles(xhat, G), strict=True):
+def collect(gradients, xhat, gamma, G, sums):
+    """Of each tile's da, and dweight where there is one: -> [dgamma, dbeta, dweight]
+
+    Adds gamma da to G, and to the sums what that adds to them.
+    """
+    parts = []
+    for (da, *dweight), (hat, g) in zip(gradients, tiles(xhat, G), strict=True):
         da = da.to(gamma.dtype)
-        dbeta += da.sum((0, 2, 3))
+        dbeta = da.sum((0, 2, 3))
         g.addcmul_(da, column(gamma))
-        dgamma += da.mul_(hat).sum((0, 2, 3))
-    sums[0] += gamma * dbeta
-    sums[1] += gamma * dgamma
-    return [dgamma, dbeta]
+        dgamma = da.mul_(hat).sum((0, 2, 3))
+        parts.append((torch.stack((dbeta, dgamma)), *dweight))
+    both, *dweight = map(total, zip(*parts, strict=True))
+    sums += gamma * both
+    return [both[1], both[0], *dweight]
 
 
 def drop(h, p, kept):
@@ -656,7 +665,7 @@ def untouched(module: nn.Module) -> bool:
 def plain_norm(norm: nn.Module, like: nn.BatchNorm2d) -> bool:
     return (type(norm) is nn.BatchNorm2d and type(norm.weight) is nn.Parameter and type(norm.bias) is nn.Parameter
             and norm.track_running_stats and norm.running_mean is not None and norm.eps == like.eps
-            and norm.momentum is not None)
+            and norm.momentum is not None and norm.momentum == like.momentum)
 
 
 def plain_conv(conv: nn.Module, size: int) -> bool:

@@ -214,9 +214,11 @@ def broken_block(fault: str, layer: nn.Module):
     def without_mean(G, xhat, rstd, means):
         return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(means[0]), means[1])))
 
-    def twice(norm, mean, var):
-        for _ in range(2 if norm is layer.bn1 else 1):
-            update(norm, mean, var)
+    def twice(norms, means, variances):
+        update(norms, means, variances)
+        again = [i for i, norm in enumerate(norms) if norm is layer.bn1]
+        if again:
+            update(*([values[i] for i in again] for values in (norms, means, variances)))
 
     return patch.object(densenet, *{
         "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_conv_backward", misordered_backward),

@@ -215,7 +215,7 @@ def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status():
 def test_other_faults_of_ours_are_caught(capsys, monkeypatch):
     """Not through --inject: a statistic never updated, a lost gradient, a variance that is biased."""
     with monkeypatch.context() as patch:
-        patch.setattr(densenet, "update_running_statistics", lambda norm, mean, var: None)
+        patch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: None)
         status, lines = run(capsys, *PLAIN)
         assert status == 1  # and without their means the states cannot be rebuilt:
         assert lines[-1].startswith("first difference: output of conv1: ")
@@ -227,7 +227,8 @@ def test_other_faults_of_ours_are_caught(capsys, monkeypatch):
         assert status == 1 and lines[-1].startswith("first difference: gradient of dense3.0.bn1.weight: 1.0e+00, ")
     with monkeypatch.context() as patch:
         update = densenet.update_running_statistics
-        patch.setattr(densenet, "update_running_statistics", lambda norm, mean, var: update(norm, mean, var * 0.999))
+        patch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: update(
+            norms, means, [var * 0.999 for var in variances]))
         status, lines = run(capsys, *PLAIN)
         assert status == 1 and lines[-1].startswith("first difference: statistic dense1.0.bn1.running_var: 1.0e-03, ")
 
