@@ -30,12 +30,11 @@ import numcheck
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
 from make_graph import COLOURS, complain, new_file, operations, replace_file
 from numcheck import layers_of, parts_of
-from plot import STYLE
-from runs import Parser, number
+from plot import STYLE, png_of
+from runs import EFFICIENT, Parser, number
 
 FACTOR = 4  # how much larger than the reference's own an error may be
 LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here
-EFFICIENT = {"yes": True, "no": False, "max": "max"}
 AGAINST = {
     "torchvision": "our network against torchvision's, an independent implementation",
     "plain": "the efficient dense block against the textbook's",
@@ -90,8 +89,7 @@ class Row(NamedTuple):
 # --- flags ------------------------------------------------------------------------------------------------------
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="compare_grads.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser("compare_grads.py", __doc__)
     add = parser.add_argument
     add("--against", choices=tuple(AGAINST), default="torchvision", metavar="WHAT",
         help=", ".join(f"{name} ({text})" for name, text in AGAINST.items()) + "; default: %(default)s")
@@ -103,8 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", default=None, help="CIFAR-10's folder or its parent (default: random images)")
     add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8, help="images (default: %(default)s)")
     add("--csv", metavar="FILE", type=new_file(""), default=None, help="write a row for every tensor")
-    add("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
-        help="draw difference against depth")
+    add("--plot", metavar="FILE.png", type=new_file(".png"), default=None, help="draw difference against depth")
     numcheck.add_common_flags(parser, numcheck.FAULTS)
     return parser
 
@@ -409,7 +406,6 @@ def draw(axes: Axes, layers: dict[str, list[Row]], tested: str, reference: str) 
 
 
 def render(title: str, layers: dict[str, tuple[list[Row], list[Row]]], tested: str, reference: str) -> bytes:
-    png = io.BytesIO()
     with matplotlib.style.context(STYLE | {"text.parse_math": True}, after_reset=True):
         figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -419,8 +415,7 @@ def render(title: str, layers: dict[str, tuple[list[Row], list[Row]]], tested: s
         panels[0].set_ylabel("Largest relative error")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title)
-        figure.savefig(png, format="png")
-    return png.getvalue()
+        return png_of(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,8 +62,7 @@ def new_file(suffix: str):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="make_graph.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("make_graph.py", __doc__)
     add = parser.add_argument
     add("--graph", choices=("autograd", "modules", "block"), default="modules", help="default: %(default)s")
     add("--growthRate", metavar="K", type=number(int, 1, 4096), default=12,

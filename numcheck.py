@@ -7,7 +7,6 @@ Prints a table; --plot draws error against step size. Exit status: 0 all agree, 
 
 import argparse
 import contextlib
-import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure  # without pyplot: no display needed
 import densenet
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 from make_graph import COLOURS, complain, new_file, replace_file
-from plot import STYLE
+from plot import STYLE, png_of
 from runs import Parser, number
 
 STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
@@ -67,8 +66,7 @@ def add_common_flags(parser: argparse.ArgumentParser, faults: Iterable[str]) -> 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="numcheck.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser("numcheck.py", __doc__)
     parser.add_argument("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
                         help="draw error against step size: it falls with the square of the step, then rises as "
                              "rounding takes over, if the check is sound")
@@ -417,7 +415,7 @@ def draw(axes: Axes, title: str, curves: dict[str, dict[float, float]]) -> None:
 
 
 def render(net: DenseNet, curves: dict[str, dict[float, float]]) -> bytes:
-    names, png = list(curves), io.BytesIO()
+    names = list(curves)
     with matplotlib.style.context(STYLE | {"text.parse_math": True}, after_reset=True):
         figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
@@ -425,8 +423,7 @@ def render(net: DenseNet, curves: dict[str, dict[float, float]]) -> bytes:
             draw(axes, title, {name.removeprefix("efficient block of ").removeprefix("network, "): curves[name]
                                for name in names[i:i + 3]})
         panels[0].set_ylabel("Error, relative to the gradient's norm")
-        figure.savefig(png, format="png")
-    return png.getvalue()
+        return png_of(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -253,8 +253,12 @@ def render(runs: list[Run], columns: list[str]) -> bytes:
         figure.get_layout_engine().set(rect=(0, 0, 1, 4 / (4 + legend)))
         for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
             draw(axes, runs, column)
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
+        return png_of(figure)
+
+
+def png_of(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     return png.getvalue()
 
 

@@ -46,6 +46,7 @@ PROGRESS = {"epoch": int, "best": dict, "csvLengths": dict, "model": dict, "opti
 PER_SESSION = ("resume", "overwrite", "evaluate")  # flags that are no part of a run
 OF_THE_COMMAND = ("save", "no_plot", *PER_SESSION)  # never taken from a saved run
 MAY_CHANGE = ("device", "no_cuda", "data", *OF_THE_COMMAND)  # between a run's sessions; nEpochs can grow
+EFFICIENT = {"yes": True, "no": False, "max": "max"}  # a flag's value -> DenseNet's
 ParseArgs = Callable[[list[str]], tuple[argparse.Namespace, dict[str, Any]]]
 
 
@@ -300,6 +301,10 @@ def is_log(path: Path) -> bool:
 # --- flags ------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -680,6 +685,73 @@ class AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return AllReduce.forward(ctx, grad.contiguous())
+
+
+# --- devices and errors ---------------------------------------------------------------------------------------
+
+def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes are few: worth trying its algorithms out
+    tf32 = args.precision == "tf32"  # cuDNN's own default is True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    device = choose_device(args, processes)
+    if args.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
+    return device
+
+
+def choose_device(args: argparse.Namespace, processes: Processes) -> torch.device:
+    gpus = torch.cuda.device_count()  # without touching any
+    if processes.size > 1 and (args.device or "cuda") == "cuda" and gpus and not args.no_cuda:
+        if gpus < processes.localSize:
+            raise ValueError(f"--nproc-per-node {processes.localSize} is more than the {gpus} GPUs here; valid is at "
+                             "most that, or any number with --no-cuda")
+        return torch.device("cuda", processes.localRank)
+    if args.device is None:
+        return torch.device("cuda:0" if gpus and not args.no_cuda else "cpu")
+    valid = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
+    if torch.backends.mps.is_available():
+        valid.append("mps")
+    if args.device not in valid:
+        raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
+    if processes.size > 1 and args.device != "cpu":
+        raise ValueError(f"--device {args.device} for {processes.size} processes; valid are cpu, cuda")
+    return torch.device("cuda:0" if args.device == "cuda" else args.device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def explain(error: Exception, processes: Processes | None) -> str:
+    """For what a user can cause or mend; anything else is a fault of the program and is raised again."""
+    if isinstance(error, (ValueError, FloatingPointError, MemoryError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, torch.AcceleratorError):
+        return str(error).splitlines()[0]
+    if processes and processes.size > 1 and isinstance(error, RuntimeError) and is_of_a_lost_process(error):
+        return "another process has ended"
+    raise error
+
+
+def is_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def complain(reason: str, status: int, processes: Processes | None, everywhere: bool = False) -> int:
+    """In one line; of what happens ``everywhere``, as all before the start and a signal, only the first process's."""
+    if processes is None or processes.first:
+        tell(" ".join(reason.split()))
+    elif processes.started and status <= 2 and not everywhere:
+        tell(f"process {processes.rank}: {' '.join(reason.split())}")
+    return status
 
 
 # --- figures ----------------------------------------------------------------------------------------------------

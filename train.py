@@ -33,11 +33,10 @@ from tqdm import tqdm
 import data
 import densenet
 import runs
-from runs import Parser, Plotter, Processes, Run, RunError, Signals, Stopped, flag, number, path
+from runs import EFFICIENT, Parser, Plotter, Processes, Run, RunError, Signals, Stopped, flag, number, path
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
-EFFICIENT = {"yes": True, "no": False, "max": "max"}
 EPOCHS = {"svhn": 40}  # the paper's; 300 on the others
 IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which torchvision's weights were trained with
 EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # images; without gradients they take little memory
@@ -47,8 +46,7 @@ OF_THE_NETWORK = ("growthRate", "depth", "reduction", "no_bottleneck", "initChan
 # --- flags ------------------------------------------------------------------------------------------------------
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser("train.py", __doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=data.DATASETS, default="cifar10",
                        help="folder: images in DIR/train/CLASS, and DIR/test/CLASS or DIR/val/CLASS (default: "
@@ -162,41 +160,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     args.lr = args.lr or LEARNING_RATE[args.opt]
     args.save = args.save or f"work/{args.dataset}.base"
     return args, given
-
-
-def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.backends.cudnn.benchmark = not args.deterministic  # shapes are few: worth trying its algorithms out
-    tf32 = args.precision == "tf32"  # cuDNN's own default is True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    device = choose_device(args, processes)
-    if args.precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
-    return device
-
-
-def choose_device(args: argparse.Namespace, processes: Processes) -> torch.device:
-    gpus = torch.cuda.device_count()  # without touching any
-    if processes.size > 1 and (args.device or "cuda") == "cuda" and gpus and not args.no_cuda:
-        if gpus < processes.localSize:
-            raise ValueError(f"--nproc-per-node {processes.localSize} is more than the {gpus} GPUs here; valid is at "
-                             "most that, or any number with --no-cuda")
-        return torch.device("cuda", processes.localRank)
-    if args.device is None:
-        return torch.device("cuda:0" if gpus and not args.no_cuda else "cpu")
-    valid = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
-    if torch.backends.mps.is_available():
-        valid.append("mps")
-    if args.device not in valid:
-        raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
-    if processes.size > 1 and args.device != "cpu":
-        raise ValueError(f"--device {args.device} for {processes.size} processes; valid are cpu, cuda")
-    return torch.device("cuda:0" if args.device == "cuda" else args.device)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -349,7 +312,7 @@ class GraphedStep:
             self.warm_up()
             self.graph = self.capture()
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if runs.is_out_of_memory(error):
                 raise
             while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again
                 error = error.__context__
@@ -597,7 +560,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], processes: Processes)
     """The whole run, or what is left of it."""
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise ValueError("--overwrite would replace what was trained before this restart; restart with --resume")
-    device = pick_device(args, processes)
+    device = runs.pick_device(args, processes)
     processes.start(device)
     with (Run if processes.first else runs.Bystander)(args.save) as run:
         args, saved, checkpoint = processes.from_first(lambda: runs.find_saved(run, args, given, parse_args))
@@ -606,7 +569,7 @@ def train(args: argparse.Namespace, given: dict[str, Any], processes: Processes)
         try:
             result = checkpoint if is_done else fit(args, device, saved, checkpoint, run, plotter, processes)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            if isinstance(error, RuntimeError) and not runs.is_out_of_memory(error):
                 raise
             raise MemoryError(f"the memory does not hold a step of --batchSz {args.batchSz}; a new run with a smaller "
                               "one, or with --efficient max, needs less") from error
@@ -624,7 +587,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: dict[str, Any], process
     """Of the flags that choose images, those that are not given are the checkpoint's."""
     if processes.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
-    device = pick_device(args, processes)
+    device = runs.pick_device(args, processes)
     checkpoint = densenet.read_checkpoint(args.evaluate)
     net = densenet.load(args.evaluate, device)
     for name in ("dataset", "data", "classes", "imageSize", "pretrained", "precision"):
@@ -660,9 +623,9 @@ def main(argv: list[str] | None = None) -> int:
         except runs.Elsewhere:
             return 1 if signals.writing else 2
         except Exception as error:
-            status, reason = 1 if signals.writing else 2, f"error: {explain(error, processes)}"
+            status, reason = 1 if signals.writing else 2, f"error: {runs.explain(error, processes)}"
             if isinstance(error, (FloatingPointError, MemoryError)):  # as it would go again
-                return complain(reason, status, processes, everywhere=isinstance(error, FloatingPointError))
+                return runs.complain(reason, status, processes, everywhere=isinstance(error, FloatingPointError))
         finally:
             if processes:
                 processes.end()
@@ -670,37 +633,7 @@ def main(argv: list[str] | None = None) -> int:
             again = (f"./train.py --save {shlex.quote(args.save)} --resume" if processes.size == 1 else
                      "the same command with --resume")
             reason += f"; {again} continues from the last epoch saved"
-        return complain(reason, status, processes)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def explain(error: Exception, processes: Processes | None) -> str:
-    """For what a user can cause or mend; anything else is a fault of the program and is raised again."""
-    if isinstance(error, (ValueError, FloatingPointError, MemoryError)):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, torch.AcceleratorError):
-        return str(error).splitlines()[0]
-    if processes and processes.size > 1 and isinstance(error, RuntimeError) and is_of_a_lost_process(error):
-        return "another process has ended"
-    raise error
-
-
-def is_of_a_lost_process(error: RuntimeError) -> bool:
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def complain(reason: str, status: int, processes: Processes | None, everywhere: bool = False) -> int:
-    """In one line; of what happens ``everywhere``, as all before the start and a signal, only the first process's."""
-    if processes is None or processes.first:
-        runs.tell(" ".join(reason.split()))
-    elif processes.started and status <= 2 and not everywhere:
-        runs.tell(f"process {processes.rank}: {' '.join(reason.split())}")
-    return status
+        return runs.complain(reason, status, processes)
 
 
 if __name__ == "__main__":

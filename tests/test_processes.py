@@ -233,14 +233,14 @@ def of_four(rank: int) -> Processes:
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for flags in ([], ["--device", "cuda"]):
-        devices = [train.choose_device(train.parse_args(flags)[0], of_four(rank)) for rank in range(4)]
+        devices = [runs.choose_device(train.parse_args(flags)[0], of_four(rank)) for rank in range(4)]
         assert devices == [torch.device("cuda", rank) for rank in range(4)]
-    assert train.choose_device(train.parse_args(["--no-cuda"])[0], of_four(1)) == torch.device("cpu")
+    assert runs.choose_device(train.parse_args(["--no-cuda"])[0], of_four(1)) == torch.device("cpu")
     with pytest.raises(ValueError, match="--device cuda:1 for 4 processes; valid are cpu, cuda"):
-        train.choose_device(train.parse_args(["--device", "cuda:1"])[0], of_four(1))
+        runs.choose_device(train.parse_args(["--device", "cuda:1"])[0], of_four(1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--nproc-per-node 4 is more than the 2 GPUs here"):
-        train.choose_device(train.parse_args([])[0], of_four(3))
+        runs.choose_device(train.parse_args([])[0], of_four(3))
 
 
 def test_one_process_that_finds_several_gpus_says_how_to_use_them(monkeypatch, capsys):

@@ -21,19 +21,7 @@ import train
 
 ROOT = Path(train.__file__).resolve().parent
 EPOCHS = 4  # of three steps each
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the network is too small for more
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return cut_sample(tmp_path_factory.mktemp("data") / "images")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +108,7 @@ def test_a_signal_during_a_save_lets_it_finish(flags, whole, tmp_path, function,
 
 
 @pytest.mark.parametrize("module, function", [
-    (train.data, "load"), (train.data, "mean_and_std"), (train, "pick_device")])
+    (train.data, "load"), (train.data, "mean_and_std"), (train.runs, "pick_device")])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_training_leaves_nothing(flags, tmp_path, capfd, module, function, number, status):
     argv = [*flags, "--save", str(tmp_path / "run")]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SAMPLE, SMALL, contents, cut_sample, differences
+from common import SAMPLE, SMALL, contents, differences
 
 import data
 import densenet
@@ -23,24 +23,12 @@ import train
 
 ROOT = Path(train.__file__).resolve().parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--dataset", "--data", "--growthRate", "--depth", "--reduction", "--dropRate", "--initChannels", "--batchSz",
          "--nEpochs", "--opt", "--lr", "--weightDecay", "--seed", "--save", "--device", "--evaluate", "--efficient",
          "--classes", "--valSize", "--imageSize", "--arch", "--precision"]
 SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--resume", "--overwrite", "--no-plot",
             "--extra", "--pretrained", "--syncBN", "--no-graph"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the network is too small for more
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return cut_sample(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

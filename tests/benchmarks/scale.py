@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import torch.distributed as dist
 
+import runs
 import train
 from densenet import DenseNet
 from runs import Processes, Signals
@@ -47,7 +48,7 @@ def main() -> int:
     if args.batchSz % processes.size:
         parser.error(f"--batchSz {args.batchSz} cannot be shared by {processes.size} processes")
     args.deterministic, args.no_cuda, args.device = False, False, None
-    device = train.pick_device(args, processes)
+    device = runs.pick_device(args, processes)
     processes.start(device)
 
     torch.manual_seed(0)

@@ -310,7 +310,7 @@ def try_to_measure(name: str, *rest) -> dict[str, Any]:
     try:
         return measure(IMPLEMENTATIONS[name], *rest)
     except RuntimeError as error:
-        if train.is_out_of_memory(error):
+        if runs.is_out_of_memory(error):
             return {"error": OUT_OF_MEMORY}
         return {"error": " ".join(str(error).split())[:100] or type(error).__name__}
 
@@ -393,8 +393,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, list[str]]:
     """-> flags, device and the implementations to measure; ValueError for nonsense"""
     count = runs.number(int, 1, 10**6)
-    parser = runs.Parser(prog="step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
+    parser = runs.Parser("step.py", __doc__)
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), metavar="SIZE",
                         help=f"network and batch: {', '.join(SIZES)} (default: bc100-64; on a CPU bc40-16)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
