@@ -1,4 +1,4 @@
-"""A run's directory (lock, CSVs, run.json, checkpoints), and what surrounds it: machine, signals, processes, figures.
+"""A run's directory (lock, CSVs, run.json, checkpoints) and flags, and what surrounds it: signals, processes, devices.
 
 Whatever moment the process dies at, what was saved before stays valid and ``--resume`` continues there: a checkpoint
 holds the CSVs' lengths, is replaced whole, and the one before it stays as previous.pth.
@@ -687,7 +687,7 @@ class AllReduce(torch.autograd.Function):
         return AllReduce.forward(ctx, grad.contiguous())
 
 
-# --- devices and errors ---------------------------------------------------------------------------------------
+# --- devices, the CUDA graph, errors ----------------------------------------------------------------------------
 
 def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
     if args.deterministic:
@@ -722,6 +722,89 @@ def choose_device(args: argparse.Namespace, processes: Processes) -> torch.devic
     if processes.size > 1 and args.device != "cpu":
         raise ValueError(f"--device {args.device} for {processes.size} processes; valid are cpu, cuda")
     return torch.device("cuda:0" if args.device == "cuda" else args.device)
+
+
+class GraphedStep:
+    """A training step with its thousands of kernels as one CUDA graph, launched at the price of one.
+
+    A graph has fixed shapes and a fixed rate: a batch of another size runs eagerly, another rate is captured anew.
+    """
+
+    def __init__(self, eager: Callable[..., torch.Tensor], net: nn.Module, optimizer: torch.optim.Optimizer,
+                 batchSz: int):
+        """``eager`` takes images, labels and their number, and trains ``net`` on them by ``optimizer``."""
+        self.eager, self.net, self.optimizer, self.batchSz = eager, net, optimizer, batchSz
+        self.rate: float | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.possible = True
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+        whole = len(images) == self.batchSz
+        if whole and self.possible and self.rate != self.optimizer.param_groups[0]["lr"]:
+            self.prepare(images, labels)
+        if not whole or not self.possible:
+            return self.eager(images, labels, share)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.result.clone()
+
+    def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Captures for the present rate; where that cannot be, says so and changes nothing."""
+        self.images, self.labels, self.graph = images.clone(), labels.clone(), None
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        problem = ""
+        try:
+            self.warm_up()
+            self.graph = self.capture()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again
+                error = error.__context__
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+        if problem:  # behind the except clause, which would keep the failed step's tensors alive
+            self.possible = False
+            warn(f"no CUDA graph, each step is launched operation by operation: {problem}")
+
+    def step(self) -> None:
+        self.result = self.eager(self.images, self.labels, self.batchSz)
+
+    def state(self) -> list[torch.Tensor]:
+        """All that a step changes."""
+        moments = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        return [*self.net.parameters(), *self.net.buffers(), *moments]
+
+    def warm_up(self) -> None:
+        """Three steps, as capturing needs them: libraries choose their kernels, the optimizer makes its state. Then all
+        is as it was; state that was not there before is zero, which SGD, Adam and RMSprop begin with."""
+        before = {tensor: tensor.detach().clone() for tensor in self.state()}
+        try:
+            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+                for _ in range(3):
+                    self.on_side_stream()
+        finally:
+            with torch.no_grad():
+                for tensor in self.state():
+                    tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+
+    def on_side_stream(self) -> None:
+        self.stream = self.stream or torch.cuda.Stream()  # one: memory is cached by stream
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                self.step()
+        finally:  # what follows must not overtake it
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """A capture runs nothing: it only records."""
+        self.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's own memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step()
+        return graph
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -279,87 +279,6 @@ def train_step(net, optimizer, precision: str, images: torch.Tensor, labels: tor
     return torch.stack((loss.detach(), (output.detach().argmax(1) != labels).sum() * 100 / share))
 
 
-class GraphedStep:
-    """``train_step`` with its thousands of kernels as one CUDA graph, launched at the price of one.
-
-    A graph has fixed shapes and a fixed rate: a batch of another size runs eagerly, another rate is captured anew.
-    """
-
-    def __init__(self, net, optimizer, precision: str, batchSz: int):
-        self.net, self.optimizer, self.precision, self.batchSz = net, optimizer, precision, batchSz
-        self.rate: float | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream: torch.cuda.Stream | None = None
-        self.possible = True
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-        whole = len(images) == self.batchSz
-        if whole and self.possible and self.rate != self.optimizer.param_groups[0]["lr"]:
-            self.prepare(images, labels)
-        if not whole or not self.possible:
-            return train_step(self.net, self.optimizer, self.precision, images, labels, share)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        self.graph.replay()
-        return self.result.clone()
-
-    def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Captures for the present rate; where that cannot be, says so and changes nothing."""
-        self.images, self.labels, self.graph = images.clone(), labels.clone(), None
-        self.rate = self.optimizer.param_groups[0]["lr"]
-        problem = ""
-        try:
-            self.warm_up()
-            self.graph = self.capture()
-        except RuntimeError as error:
-            if runs.is_out_of_memory(error):
-                raise
-            while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again
-                error = error.__context__
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-        if problem:  # behind the except clause, which would keep the failed step's tensors alive
-            self.possible = False
-            runs.warn(f"no CUDA graph, each step is launched operation by operation: {problem}")
-
-    def step(self) -> None:
-        self.result = train_step(self.net, self.optimizer, self.precision, self.images, self.labels, self.batchSz)
-
-    def state(self) -> list[torch.Tensor]:
-        """All that a step changes."""
-        moments = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        return [*self.net.parameters(), *self.net.buffers(), *moments]
-
-    def warm_up(self) -> None:
-        """Three steps, as capturing needs them: libraries choose their kernels, the optimizer makes its state. Then all
-        is as it was; state that was not there before is zero, which SGD, Adam and RMSprop begin with."""
-        before = {tensor: tensor.detach().clone() for tensor in self.state()}
-        try:
-            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
-                for _ in range(3):
-                    self.on_side_stream()
-        finally:
-            with torch.no_grad():
-                for tensor in self.state():
-                    tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-
-    def on_side_stream(self) -> None:
-        self.stream = self.stream or torch.cuda.Stream()  # one: memory is cached by stream
-        self.stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(self.stream):
-                self.step()
-        finally:  # what follows must not overtake it
-            torch.cuda.current_stream().wait_stream(self.stream)
-
-    def capture(self) -> torch.cuda.CUDAGraph:
-        """A capture runs nothing: it only records."""
-        self.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's own memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.step()
-        return graph
-
-
 def train_epoch(step, batches: data.Batches, args, epoch: int, run: Run, processes: Processes) -> list[float]:
     """-> the epoch's mean loss and error in percent; a row an iteration goes to train.csv.
 
@@ -538,9 +457,10 @@ def announce(args: argparse.Namespace, about: dict[str, Any], device: torch.devi
 def make_step(args: argparse.Namespace, net, optimizer, device: torch.device, processes: Processes):
     """-> the function that takes images, labels and share, and trains on them"""
     net.train()
+    step = functools.partial(train_step, net, optimizer, args.precision)
     if device.type == "cuda" and processes.size == 1 and not args.no_graph:
-        return GraphedStep(net, optimizer, args.precision, args.batchSz)
-    return functools.partial(train_step, net, optimizer, args.precision)
+        return runs.GraphedStep(step, net, optimizer, args.batchSz)
+    return step
 
 
 def test_best(args: argparse.Namespace, net: densenet.DenseNet, optimizer, test: data.Batches,

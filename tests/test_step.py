@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import runs
 import train
 from densenet import DenseNet
 
 
-class Twin(train.GraphedStep):
+class Twin(runs.GraphedStep):
     """On a CPU: what a graph would replay runs instead, on the same tensors."""
 
     captures = 0
@@ -25,6 +26,10 @@ class Twin(train.GraphedStep):
 
     def replay(self):
         self.step()
+
+
+def graphed(kind, net, optimizer, precision):
+    return kind(functools.partial(train.train_step, net, optimizer, precision), net, optimizer, batchSz=8)
 
 
 def set_up(opt, device="cpu", **arguments):
@@ -73,7 +78,7 @@ def test_graphed_step_does_what_the_eager_one_does(opt, precision, efficient):
     net, optimizer = set_up(opt, efficient=efficient)
     eager = run(lambda *batch: train.train_step(net, optimizer, precision, *batch), optimizer)
     net2, optimizer2 = set_up(opt, efficient=efficient)
-    step = Twin(net2, optimizer2, precision, batchSz=8)
+    step = graphed(Twin, net2, optimizer2, precision)
     assert run(step, optimizer2).equal(eager)
     assert step.captures == 2  # one for each rate; the smaller batch has none
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
@@ -84,7 +89,7 @@ def test_resumed_graph_has_the_momentum_of_the_checkpoint():
     run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
     net2, optimizer2 = copy.deepcopy((net, optimizer))
     eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
-    assert run(Twin(net2, optimizer2, "fp32", 8), optimizer2).equal(eager)
+    assert run(graphed(Twin, net2, optimizer2, "fp32"), optimizer2).equal(eager)
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
 
 
@@ -93,7 +98,7 @@ def test_where_capture_is_impossible_the_step_is_eager_and_says_so_once(failing,
     net, optimizer = set_up("SGD")
     eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
     net2, optimizer2 = set_up("SGD")
-    step = Twin(net2, optimizer2, "fp32", 8)
+    step = graphed(Twin, net2, optimizer2, "fp32")
 
     def fail():
         if failing == "on_side_stream":
@@ -126,7 +131,7 @@ def test_adam_moves_between_devices():
 
 def test_out_of_memory_is_not_taken_for_an_impossible_capture(monkeypatch):
     net, optimizer = set_up("SGD")
-    step = Twin(net, optimizer, "fp32", 8)
+    step = graphed(Twin, net, optimizer, "fp32")
     monkeypatch.setattr(step, "warm_up", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         run(step, optimizer)
@@ -169,7 +174,7 @@ def test_on_a_gpu_the_graph_does_what_the_eager_step_does(opt, efficient):
     net, optimizer = set_up(opt, "cuda", efficient=efficient)
     eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer, "cuda")
     net2, optimizer2 = set_up(opt, "cuda", efficient=efficient)
-    step = train.GraphedStep(net2, optimizer2, "fp32", 8)
+    step = graphed(runs.GraphedStep, net2, optimizer2, "fp32")
     torch.testing.assert_close(run(step, optimizer2, "cuda"), eager, rtol=1e-4, atol=1e-4)
     assert step.possible
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2), rtol=1e-3, atol=1e-4)

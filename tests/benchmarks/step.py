@@ -91,7 +91,7 @@ SIZES = {
 class Implementation(NamedTuple):
     library: str
     option: bool | str  # memory_efficient or efficient
-    graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: train.GraphedStep
+    graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: runs.GraphedStep
 
 
 IMPLEMENTATIONS = {
@@ -188,8 +188,9 @@ def make_step(implementation: Implementation, size: Size, precision: str,
     labels = torch.randint(classes(size), (size.batchSz,), device=device)
     if implementation.library == "ours":
         images = images.contiguous(memory_format=torch.channels_last)
-        step = (train.GraphedStep(net, optimizer, precision, size.batchSz) if implementation.graph
-                else functools.partial(train.train_step, net, optimizer, precision))
+        step = functools.partial(train.train_step, net, optimizer, precision)
+        if implementation.graph:
+            step = runs.GraphedStep(step, net, optimizer, size.batchSz)
         return net, functools.partial(step, images, labels, size.batchSz)
     if precision == "bf16":
         net, images = net.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
