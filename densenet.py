@@ -445,24 +445,22 @@ class EfficientBlock(torch.autograd.Function):
         channels and of each bottleneck's."""
         *layers, (gamma, beta) = split_layers(parameters, spec)
         c, k = x.shape[1], layers[0][-1].shape[0]
-        xhat = empty_images(len(x), c + k * len(layers), x, spec.dtype)
-        mean, var, rstd = gamma.new_empty(3, xhat.shape[1])
+        xhat = torch.empty((len(x), c + k * len(layers), *x.shape[2:]), dtype=spec.dtype, device=x.device,
+                           memory_format=torch.channels_last)
+        statistics = [normalise(tiles(x), spec.eps, out=tiles(xhat[:, :c]))]  # mean, variance and rstd of what is new
         kept, inner = [], []  # kept is a stack: backward takes from its end
-
-        def append(new, at):
-            mean[at], var[at], rstd[at] = normalise(new, spec.eps, out=xhat[:, at])
-
-        append(x, slice(0, c))
         for layer in layers:
-            h = drop(affine_relu_conv(xhat[:, :c], *layer[:3]), spec.dropRate, kept)
+            h = drop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, kept)
             if spec.bottleneck:
+                h = [*h]
                 mean2, var2, rstd2 = normalise(h, spec.eps, out=h)
                 inner += mean2, var2
-                kept += (mean2 if spec.recompute else h), rstd2
+                kept += *((mean2,) if spec.recompute else h), rstd2
                 h = drop(affine_relu_conv(h, *layer[3:]), spec.dropRate, kept)
-            append(h, slice(c, c + k))
+            statistics.append(normalise(h, spec.eps, out=tiles(xhat[:, c:c + k])))
             c += k
-        out = torch.cat([F.avg_pool2d(affine_relu(hat, gamma, beta), spec.pool) for (hat,) in tiles(xhat)])
+        mean, var, rstd = map(torch.cat, zip(*statistics, strict=True))
+        out = joined([F.avg_pool2d(affine_relu(hat, gamma, beta), spec.pool) for hat in tiles(xhat)])
 
         ctx.spec, ctx.nParameters = spec, len(parameters)
         ctx.save_for_backward(*parameters, xhat, rstd, *kept)
@@ -481,28 +479,34 @@ class EfficientBlock(torch.autograd.Function):
     def gradients(spec, dout, saved, nParameters):
         *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
-        m, k = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0]
+        m, k, n = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0], len(tiles(xhat))
+        nMasks = n if spec.dropRate > 0 else 0  # that each dropout has put onto the stack
 
-        G = torch.zeros_like(xhat, dtype=gamma.dtype)
-        sums = gamma.new_zeros(2, len(gamma))  # of G and of G xhat, over N, H and W
-        grads = collect(pool_backward(dout, xhat, gamma, beta, spec.pool), xhat, gamma, G, sums)
+        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums: of G and of G xhat, over N, H and W
+        sums, grads = affine_relu_backward(functools.partial(pool_backward, spec.pool), dout.split(len(tiles(xhat)[0])),
+                                           tiles(xhat), gamma, beta, tiles(G), is_first=True)
         for layer in reversed(layers):
             c = len(layer[0])
             new = slice(c, c + k)
-            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sums[:, new] / m).to(spec.dtype)
+            dh = normalise_backward(tiles(G[:, new]), tiles(xhat[:, new]), rstd[new], sums[:, new], m)
+            dh = undrop(dh, spec.dropRate, take(kept, nMasks))
             if spec.bottleneck:
-                dh = undrop(dh, spec.dropRate, kept)
-                rstd2, h = kept.pop(), kept.pop()
+                rstd2 = kept.pop()
                 if spec.recompute:
-                    mean2, h = h, affine_relu_conv(xhat[:, :c], *layer[:3])
-                    h = undrop(h, spec.dropRate, kept[-1:])  # the same mask, which stays for dh
-                    h = torch.addcmul(column(-mean2 * rstd2), h, column(rstd2)).to(h.dtype)  # as normalise does
-                G2, sums2 = torch.zeros_like(h, dtype=gamma.dtype), gamma.new_zeros(2, h.shape[1])
-                grads = affine_relu_conv_backward(dh, h, *layer[3:], G2, sums2) + grads
-                dh = normalise_backward(G2, h, rstd2, sums2 / m).to(spec.dtype)
-            dh = undrop(dh, spec.dropRate, kept)
-            grads = affine_relu_conv_backward(dh, xhat[:, :c], *layer[:3], G[:, :c], sums[:, :c]) + grads
-        dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sums[:, :c] / m)
+                    mean2, masks = kept.pop(), kept[len(kept) - nMasks:]  # these stay for dh
+                    h = undrop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, masks)
+                    h = [torch.addcmul(column(-mean2 * rstd2), tile, column(rstd2)).to(spec.dtype) for tile in h]
+                else:
+                    h = take(kept, n)
+                G2 = [torch.empty_like(tile, dtype=gamma.dtype) for tile in h]
+                sums2, more = affine_relu_conv_backward(dh, h, *layer[3:], G2, is_first=True)
+                grads = more + grads
+                dh = normalise_backward(G2, h, rstd2, sums2, m)
+                dh = undrop(dh, spec.dropRate, take(kept, nMasks))
+            own, more = affine_relu_conv_backward(dh, tiles(xhat[:, :c]), *layer[:3], tiles(G[:, :c]), is_first=False)
+            sums[:, :c] += own
+            grads = more + grads
+        dx = joined([*normalise_backward(tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
         return dx, None, *grads
 
 
@@ -512,15 +516,14 @@ def split_layers(parameters, spec):
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
 
 
-def tiles(*tensors):
-    """The tensors' images, a tile at a time; all at once where a cache cannot hold a tile anyway."""
-    n, _, height, width = tensors[-1].shape
-    size = max(1, TILE // (height * width)) if tensors[-1].device.type == "cpu" else n
-    return zip(*(t.split(size) for t in tensors), strict=True)
+def tiles(x):
+    """A tensor's images, a tile at a time; all at once where a cache cannot hold a tile anyway."""
+    n, _, height, width = x.shape
+    return x.split(max(1, TILE // (height * width)) if x.device.type == "cpu" else n)
 
 
-def empty_images(n, c, like, dtype):
-    return torch.empty((n, c, *like.shape[2:]), dtype=dtype, device=like.device, memory_format=torch.channels_last)
+def joined(parts):
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def total(parts):
@@ -528,94 +531,100 @@ def total(parts):
     return functools.reduce(torch.add, parts)
 
 
+def take(stack, n):
+    """The n tensors on top, in the order in which they came."""
+    taken = stack[len(stack) - n:]
+    del stack[len(stack) - n:]
+    return taken
+
+
 def column(v):
     """A value a channel, to be broadcast over (N, C, H, W)."""
-    return v[:, None, None]
+    return v.view(-1, 1, 1)
 
+
+# These take and give a tensor's tiles: where one by one, the next step finds them in the cache.
 
 def normalise(x, eps, out):
     """Writes xhat to ``out``. -> mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
-    dtype, m = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
-    mean = total(tile.sum((0, 2, 3), dtype=dtype) for (tile,) in tiles(x)) / m
-    squares = total((tile - column(mean)).square_().sum((0, 2, 3)) for (tile,) in tiles(x))
+    parts, sums = [], []
+    for tile in x:
+        parts.append(tile)
+        sums.append(tile.sum((0, 2, 3), dtype=torch.promote_types(tile.dtype, torch.float32)))
+    m = sum(tile.numel() // tile.shape[1] for tile in parts)
+    mean = total(sums) / m
+    squares = total((tile - column(mean)).square_().sum((0, 2, 3)) for tile in parts)
     rstd = (squares / m + eps).rsqrt()
-    for tile, hat in tiles(x, out):
-        torch.addcmul(column(-mean * rstd), tile, column(rstd), out=hat)
+    shift = column(-mean * rstd)
+    for tile, hat in zip(parts, out, strict=True):
+        torch.addcmul(shift, tile, column(rstd), out=hat)
     return mean, squares / (m - 1), rstd
 
 
-def normalise_backward(G, xhat, rstd, means):
-    """dx, as in the identity's last line"""
-    return torch.sub(G, column(means[0])).addcmul_(xhat, column(means[1]), value=-1).mul_(column(rstd))
+def normalise_backward(G, xhat, rstd, sums, m):
+    """Yields dx, as in the identity's last line; the sums are over m values."""
+    shift, slope = sums * (rstd / -m)
+    for g, hat in zip(G, xhat, strict=True):
+        yield torch.addcmul(column(shift), g, column(rstd)).addcmul_(hat, column(slope))
 
 
 def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def affine_relu_conv(xhat, gamma, beta, weight):
-    """h = W relu(gamma xhat + beta)"""
-    weight = weight.to(xhat.dtype)
-    h = [F.conv2d(affine_relu(hat, gamma, beta), weight, padding=weight.shape[-1] // 2) for (hat,) in tiles(xhat)]
-    return torch.cat(h) if len(h) > 1 else h[0]
+def affine_relu_backward(pull, dout, xhat, gamma, beta, G, is_first):
+    """The gradients of a = relu(gamma xhat + beta), and of what reads a: its ``pull(dout, a)`` gives da, and dweight if
+    it has one.
 
-
-def affine_relu_conv_backward(dh, xhat, gamma, beta, weight, G, sums):
-    """-> [dgamma, dbeta, dweight]; adds to G and sums as ``collect``"""
-    return collect(conv_backward(dh, xhat, gamma, beta, weight), xhat, gamma, G, sums)
-
-
-def conv_backward(dh, xhat, gamma, beta, weight):
-    """Yields da and its part of dweight, a tile at a time."""
-    padding, low = weight.shape[-1] // 2, weight.to(xhat.dtype)
-    for dout, hat in tiles(dh, xhat):
-        a = affine_relu(hat, gamma, beta)
-        da, dweight, _ = torch.ops.aten.convolution_backward(
-            dout, a, low, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))
-        yield masked(da, a), dweight.to(weight.dtype)
-
-
-def pool_backward(dout, xhat, gamma, beta, pool):
-    """Yields da, a tile at a time, for the activations behind the block."""
-    for dpooled, hat in tiles(dout, xhat):
-        a = affine_relu(hat, gamma, beta)
-        da = torch.ops.aten.avg_pool2d_backward(dpooled, a, pool, pool, (0, 0), False, True, None)
-        yield (masked(da, a),)
-
-
-def masked(da, a):
-    """ReLU's gradient, in place: zero where a is."""
-    return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
-
-
-def collect(gradients, xhat, gamma, G, sums):
-    """Of each tile's da, and dweight where there is one: -> [dgamma, dbeta, dweight]
-
-    Adds gamma da to G, and to the sums what that adds to them.
+    Adds gamma da to G, or begins G with it. -> the sums of gamma da and of gamma da xhat; [dgamma, dbeta, dweight]
     """
     parts = []
-    for (da, *dweight), (hat, g) in zip(gradients, tiles(xhat, G), strict=True):
-        da = da.to(gamma.dtype)
+    for d, hat, g in zip(dout, xhat, G, strict=True):
+        a = affine_relu(hat, gamma, beta)
+        da, *dweight = pull(d, a)
+        da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
         dbeta = da.sum((0, 2, 3))
-        g.addcmul_(da, column(gamma))
+        torch.mul(da, column(gamma), out=g) if is_first else g.addcmul_(da, column(gamma))
         dgamma = da.mul_(hat).sum((0, 2, 3))
         parts.append((torch.stack((dbeta, dgamma)), *dweight))
     both, *dweight = map(total, zip(*parts, strict=True))
-    sums += gamma * both
-    return [both[1], both[0], *dweight]
+    return gamma * both, [both[1], both[0], *dweight]
+
+
+def affine_relu_conv(xhat, gamma, beta, weight):
+    """Yields h = W relu(gamma xhat + beta)."""
+    for hat in xhat:
+        yield F.conv2d(affine_relu(hat, gamma, beta), weight.to(hat.dtype), padding=weight.shape[-1] // 2)
+
+
+def affine_relu_conv_backward(dh, xhat, gamma, beta, weight, G, is_first):
+    return affine_relu_backward(functools.partial(conv_backward, weight), dh, xhat, gamma, beta, G, is_first)
+
+
+def conv_backward(weight, dh, a):
+    padding = weight.shape[-1] // 2
+    da, dweight, _ = torch.ops.aten.convolution_backward(
+        dh.to(a.dtype), a, weight.to(a.dtype), None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1,
+        (True, True, False))
+    return da, dweight.to(weight.dtype)
+
+
+def pool_backward(size, dout, a):
+    return (torch.ops.aten.avg_pool2d_backward(dout, a, size, size, (0, 0), False, True, None),)
 
 
 def drop(h, p, kept):
-    """Dropout; the mask, if there is one, goes onto the stack."""
-    if p == 0:
-        return h
-    kept.append(F.dropout(torch.ones_like(h), p).bool())
-    return h * kept[-1] / (1 - p)
+    """Dropout; the masks, if there are any, go onto the stack."""
+    for tile in h:
+        if p > 0:
+            kept.append(F.dropout(torch.ones_like(tile), p).bool())
+            tile = tile * kept[-1] / (1 - p)
+        yield tile
 
 
-def undrop(dh, p, kept):
-    """Dropout's gradient, by the mask on top of the stack."""
-    return dh if p == 0 else dh * kept.pop() / (1 - p)
+def undrop(dh, p, masks):
+    """Dropout's gradient."""
+    return (tile * mask / (1 - p) for tile, mask in zip(dh, masks, strict=True)) if masks else dh
 
 
 # --- where the efficient block is right: an allow-list -----------------------------------------------------------

@@ -190,7 +190,7 @@ def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tens
 
 def broken_block(fault: str, layer: nn.Module):
     """A context in which the efficient block is faulty where it works ``layer``; bn-no-mean: in all layers."""
-    block, layer_backward = densenet.EfficientBlock, densenet.affine_relu_conv_backward
+    block, backward = densenet.EfficientBlock, densenet.affine_relu_backward
     normalise_backward, update = densenet.normalise_backward, densenet.update_running_statistics
     first = layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
 
@@ -200,17 +200,17 @@ def broken_block(fault: str, layer: nn.Module):
             return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
                                           for p in parameters))
 
-    def misordered_backward(dh, xhat, gamma, beta, weight, G, sums):
-        if weight.data_ptr() != layer.conv1.weight.data_ptr():
-            return layer_backward(dh, xhat, gamma, beta, weight, G, sums)
-        own_G, own_sums = torch.zeros_like(G), torch.zeros_like(sums)
-        grads = layer_backward(dh, xhat, gamma, beta, weight, own_G, own_sums)
-        G += own_G.roll(1, 1)
-        sums += own_sums.roll(1, 1)
-        return grads
+    def misordered_backward(pull, dout, xhat, gamma, beta, G, is_first):
+        if gamma.data_ptr() != layer.bn1.weight.data_ptr():
+            return backward(pull, dout, xhat, gamma, beta, G, is_first)
+        own = [torch.empty_like(g) for g in G]
+        sums, grads = backward(pull, dout, xhat, gamma, beta, own, is_first=True)
+        for g, o in zip(G, own, strict=True):
+            g += o.roll(1, 1)  # no layer is the first
+        return sums.roll(1, 1), grads
 
-    def without_mean(G, xhat, rstd, means):
-        return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(means[0]), means[1])))
+    def without_mean(G, xhat, rstd, sums, m):
+        return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
 
     def twice(norms, means, variances):
         update(norms, means, variances)
@@ -219,7 +219,7 @@ def broken_block(fault: str, layer: nn.Module):
             update(*([values[i] for i in again] for values in (norms, means, variances)))
 
     return patch.object(densenet, *{
-        "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_conv_backward", misordered_backward),
+        "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_backward", misordered_backward),
         "bn-no-mean": ("normalise_backward", without_mean), "stats-twice": ("update_running_statistics", twice)}[fault])
 
 
