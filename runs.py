@@ -6,6 +6,7 @@ holds the CSVs' lengths, is replaced whole, and the one before it stays as previ
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import inspect
 import json
@@ -702,7 +703,18 @@ def pick_device(args: argparse.Namespace, processes: Processes) -> torch.device:
         raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
+    else:
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, for up to a fifth more memory. Given back, each page would be
+    cleared before it comes again: a tenth of the time of BC 100-12 on a CPU."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: where its own adjusting ends, which the next line stops
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def choose_device(args: argparse.Namespace, processes: Processes) -> torch.device:

@@ -464,6 +464,8 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            runs.keep_freed_memory()  # as train.py does
         result = run(args, device, names)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
