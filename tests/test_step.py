@@ -6,7 +6,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import data
+import densenet
 import runs
 import train
 from densenet import DenseNet
@@ -165,6 +168,74 @@ def test_the_loss_is_the_mean_and_the_share_scales_it():
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert 0 <= error <= 100
+
+
+class Saved:
+    """What autograd keeps for EfficientBlock, whose two passes are called here without it."""
+
+    def save_for_backward(self, *tensors):
+        self.tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+
+def both_passes(x, spec, *parameters):
+    """EfficientBlock.apply and the backward pass at once: autograd's engine would ask for a real GPU."""
+    with torch.no_grad():
+        saved = Saved()
+        results = densenet.EfficientBlock.forward(saved, x, spec, *parameters)
+        dx, _, *gradients = densenet.EfficientBlock.gradients(spec, results[0], saved.tensors, len(parameters))
+    for tensor, gradient in zip((x, *parameters), (dx, *gradients), strict=True):
+        assert gradient.shape == tensor.shape and gradient.device == tensor.device
+        assert gradient.dtype == parameters[0].dtype
+    return results[0].to(parameters[0].dtype), *results[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("arguments", "opt"), [
+    (dict(efficient=True), "SGD"), (dict(efficient="max"), "Adam"), (dict(efficient=True, dropRate=0.2), "RMSprop"),
+    (dict(efficient="max", dropRate=0.2), "SGD"), (dict(efficient=True, bottleneck=False, dropRate=0.2), "SGD"),
+    (dict(efficient=False), "SGD")])
+def test_a_step_on_cuda_tensors_without_data_stays_on_the_gpu_and_waits_for_nothing(arguments, opt, dtype, monkeypatch):
+    """Needs no GPU: fake tensors have a device and a shape, and refuse what mixes devices or reads a value."""
+    monkeypatch.setattr(densenet, "can_be_efficient", lambda block, after, x: True)  # also for fake tensors
+    monkeypatch.setattr(densenet, "activation_dtype", lambda x, parameter: dtype)
+    monkeypatch.setattr(densenet.EfficientBlock, "apply", both_passes)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            net = DenseNet(4, 10, **arguments).train()
+            images, labels = torch.randn(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
+        more = {"momentum": 0.9, "nesterov": True} if opt == "SGD" else {"capturable": True}
+        optimizer = getattr(torch.optim, opt)(net.parameters(), lr=0.1, weight_decay=1e-4, **more)
+
+        def set_gradients(loss):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+
+        monkeypatch.setattr(torch.Tensor, "backward", set_gradients)
+        result = train.train_step(net, optimizer, "fp32", images, labels, 8)
+        assert result.device.type == "cuda" and result.shape == (2,)
+    assert net.dense1.last_path == {True: "efficient", "max": "max", False: "textbook"}[arguments["efficient"]]
+
+
+def test_batches_are_made_on_the_gpu_and_wait_for_nothing():
+    random = data.draw(100, seed=1, epoch=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, labels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.zeros(100, dtype=torch.long)
+        batches = data.Batches(data.ImageSet(images, labels, ["a"]), [0.5] * 3, [0.25] * 3, torch.device("cuda"))
+        for stream in (batches.augmented(random, 64), batches.plain(64)):
+            shapes = [(x.shape[0], x.device.type, y.device.type) for x, y in stream]
+            assert shapes == [(64, "cuda", "cuda"), (36, "cuda", "cuda")]
+
+
+def test_what_would_wait_or_mix_devices_is_seen():
+    with FakeTensorMode():
+        on_gpu = torch.ones(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            on_gpu.sum().item()
+        with pytest.raises(RuntimeError, match="device"):
+            on_gpu + torch.ones(3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
