@@ -31,7 +31,7 @@ from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, 
 from make_graph import COLOURS, complain, new_file, operations, replace_file
 from numcheck import layers_of, parts_of
 from plot import STYLE, png_of
-from runs import EFFICIENT, Parser, number
+from runs import EFFICIENT, Parser, flag, number
 
 FACTOR = 4  # how much larger than the reference's own an error may be
 LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here
@@ -109,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = get_args_parser().parse_args(argv)
     args.efficient = args.efficient or ("yes" if args.against == "plain" else "no")
-    given = [f"--{name.replace('_', '-')}" for name in numcheck.NETWORK if name in args]
+    given = [flag(name, True) for name in numcheck.NETWORK if name in args]
     if args.checkpoint and given:
         raise ValueError(f"{given[0]} contradicts --checkpoint {args.checkpoint}, which has its own; give one of them")
     if args.checkpoint and not args.data:

@@ -7,13 +7,13 @@ The textbook network comes first, then ImageNet's networks by name and how weigh
 efficient dense block: the same function, trained in less memory and less time; ``efficient=False`` switches it off.
 """
 
-import functools
 import math
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -123,8 +123,8 @@ class DenseNet(nn.Module):
         super().__init__()
         if depth is None and blockConfig is None:
             depth = 100
-        if blockConfig is not None:
-            blockConfig = [*blockConfig] if isinstance(blockConfig, Iterable) else blockConfig
+        if isinstance(blockConfig, Iterable):
+            blockConfig = [*blockConfig]
         if efficient not in (True, False, "max"):
             raise ValueError(f"efficient is {efficient!r}; valid are True, False and 'max'")
         self.arguments = dict(
@@ -483,8 +483,9 @@ class EfficientBlock(torch.autograd.Function):
         nMasks = n if spec.dropRate > 0 else 0  # that each dropout has put onto the stack
 
         G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums: of G and of G xhat, over N, H and W
-        sums, grads = affine_relu_backward(functools.partial(pool_backward, spec.pool), dout.split(len(tiles(xhat)[0])),
-                                           tiles(xhat), gamma, beta, tiles(G), is_first=True)
+        dout = dout.split(len(tiles(xhat)[0]))
+        sums, grads = affine_relu_backward(partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta, tiles(G),
+                                           is_first=True)
         for layer in reversed(layers):
             c = len(layer[0])
             new = slice(c, c + k)
@@ -495,15 +496,17 @@ class EfficientBlock(torch.autograd.Function):
                 if spec.recompute:
                     mean2, masks = kept.pop(), kept[len(kept) - nMasks:]  # these stay for dh
                     h = undrop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, masks)
-                    h = [torch.addcmul(column(-mean2 * rstd2), tile, column(rstd2)).to(spec.dtype) for tile in h]
+                    h = [standardise(tile, mean2, rstd2).to(spec.dtype) for tile in h]
                 else:
                     h = take(kept, n)
                 G2 = [torch.empty_like(tile, dtype=gamma.dtype) for tile in h]
-                sums2, more = affine_relu_conv_backward(dh, h, *layer[3:], G2, is_first=True)
+                sums2, more = affine_relu_backward(partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2,
+                                                   is_first=True)
                 grads = more + grads
                 dh = normalise_backward(G2, h, rstd2, sums2, m)
                 dh = undrop(dh, spec.dropRate, take(kept, nMasks))
-            own, more = affine_relu_conv_backward(dh, tiles(xhat[:, :c]), *layer[:3], tiles(G[:, :c]), is_first=False)
+            own, more = affine_relu_backward(partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2],
+                                             tiles(G[:, :c]), is_first=False)
             sums[:, :c] += own
             grads = more + grads
         dx = joined([*normalise_backward(tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
@@ -528,7 +531,7 @@ def joined(parts):
 
 def total(parts):
     """Their sum; of one, itself."""
-    return functools.reduce(torch.add, parts)
+    return reduce(torch.add, parts)
 
 
 def take(stack, n):
@@ -555,10 +558,13 @@ def normalise(x, eps, out):
     mean = total(sums) / m
     squares = total((tile - column(mean)).square_().sum((0, 2, 3)) for tile in parts)
     rstd = (squares / m + eps).rsqrt()
-    shift = column(-mean * rstd)
     for tile, hat in zip(parts, out, strict=True):
-        torch.addcmul(shift, tile, column(rstd), out=hat)
+        standardise(tile, mean, rstd, out=hat)
     return mean, squares / (m - 1), rstd
+
+
+def standardise(x, mean, rstd, out=None):
+    return torch.addcmul(column(-mean * rstd), x, column(rstd), out=out)
 
 
 def normalise_backward(G, xhat, rstd, sums, m):
@@ -595,10 +601,6 @@ def affine_relu_conv(xhat, gamma, beta, weight):
     """Yields h = W relu(gamma xhat + beta)."""
     for hat in xhat:
         yield F.conv2d(affine_relu(hat, gamma, beta), weight.to(hat.dtype), padding=weight.shape[-1] // 2)
-
-
-def affine_relu_conv_backward(dh, xhat, gamma, beta, weight, G, is_first):
-    return affine_relu_backward(functools.partial(conv_backward, weight), dh, xhat, gamma, beta, G, is_first)
 
 
 def conv_backward(weight, dh, a):

@@ -205,8 +205,7 @@ def broken_block(fault: str, layer: nn.Module):
             return backward(pull, dout, xhat, gamma, beta, G, is_first)
         own = [torch.empty_like(g) for g in G]
         sums, grads = backward(pull, dout, xhat, gamma, beta, own, is_first=True)
-        for g, o in zip(G, own, strict=True):
-            g += o.roll(1, 1)  # no layer is the first
+        torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # no layer is the first
         return sums.roll(1, 1), grads
 
     def without_mean(G, xhat, rstd, sums, m):
@@ -273,11 +272,9 @@ def slope(loss: Callable[[], torch.Tensor], tensors: list[torch.Tensor], directi
     before = [t.clone() for t in tensors]
     values = []
     for signed in (step, -step):
-        for t, t0, d in zip(tensors, before, direction, strict=True):
-            t.copy_(t0 + signed * d)
+        torch._foreach_copy_(tensors, torch._foreach_add(before, direction, alpha=signed))
         values.append(loss().item())
-    for t, t0 in zip(tensors, before, strict=True):
-        t.copy_(t0)
+    torch._foreach_copy_(tensors, before)
     return (values[0] - values[1]) / (2 * step)
 
 
