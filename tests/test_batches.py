@@ -1,0 +1,158 @@
+"""batches.py: an epoch's random numbers, and what a training batch is."""
+
+import random
+
+import pytest
+import torch
+import torchvision.transforms.functional as vision
+from image_helpers import CLASSES, noise
+
+import data
+
+
+def image_set(images):
+    return data.ImageSet(images, torch.arange(len(images)) % 10, CLASSES)
+
+
+def batches_of(images, mean=None, std=None):
+    channels = images.shape[1]
+    return data.Batches(image_set(images), mean or [0.0] * channels, std or [1.0] * channels, torch.device("cpu"))
+
+
+# --- the random numbers of an epoch -----------------------------------------------------------------------------
+
+def test_every_offset_and_flip_occurs_equally_often():
+    n = 81 * 2 * 200
+    drawn = data.draw(n, seed=3, epoch=7)
+    assert drawn.order.sort().values.equal(torch.arange(n))
+    assert drawn.dy.unique().tolist() == drawn.dx.unique().tolist() == list(range(-4, 5))
+    counts = (((drawn.dy + 4) * 9 + drawn.dx + 4) * 2 + drawn.flip).bincount(minlength=162).double()
+    chi2 = ((counts - 200) ** 2 / 200).sum().item()  # 161 degrees of freedom: mean 161, deviation 18
+    assert 90 < chi2 < 250 and counts.min() > 0
+
+
+def test_every_epoch_and_seed_draws_anew_and_the_same_again():
+    epochs = {(seed, epoch): data.draw(1000, seed, epoch) for seed in (0, 1) for epoch in (1, 2)}
+    for i, field in enumerate(data.Augmentation._fields):
+        assert len({tuple(drawn[i].tolist()) for drawn in epochs.values()}) == 4, field
+    assert all(torch.equal(a, b) for a, b in zip(data.draw(1000, 1, 2), epochs[1, 2], strict=True))
+    seeds = {data.epoch_seed(seed, epoch) for seed in range(50) for epoch in range(1, 301)}
+    assert len(seeds) == 50 * 300 and data.epoch_seed(1, 2) == 1_000_005
+    assert data.epoch_seed(2**32 - 1, 10**6) < 2**63  # what a generator takes
+
+
+def test_random_numbers_are_private(monkeypatch):
+    """Neither torch's global generator, nor the thread count, nor what was drawn before has a say, nor notices."""
+    expected = data.draw(500, 1, 1)
+    torch.manual_seed(5)
+    random.seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        drawn = data.draw(500, 1, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(r.device.type == "cpu" for r in drawn)
+
+
+def test_an_image_has_its_crop_whatever_batch_it_is_in():
+    """Hence also whatever process has it: the numbers belong to the image, not to the step."""
+    batches, drawn = batches_of(noise(21)), data.draw(21, 1, 1)
+    images, labels = (torch.cat(parts) for parts in zip(*batches.augmented(drawn, 21), strict=True))
+    for size in (1, 4, 20):
+        parts = list(batches.augmented(drawn, size))
+        assert [len(labels) for _, labels in parts] == [size] * (21 // size) + [21 % size] * (21 % size > 0)
+        assert torch.equal(torch.cat([p[0] for p in parts]), images)
+        assert torch.equal(torch.cat([p[1] for p in parts]), labels)
+    for rank in range(2):  # every other image of each batch of 4; the last one, of 1, has joined the one before
+        mine = torch.cat([torch.arange(*batch)[rank::2] for batch in ((0, 4), (4, 8), (8, 12), (12, 16), (16, 21))])
+        assert torch.equal(torch.cat([p[0] for p in batches.augmented(drawn, 4, rank, 2)]), images[mine])
+
+
+def test_every_image_is_in_an_epoch_once():
+    images = torch.arange(21, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    for order in (None, torch.randperm(21)):
+        parts = list(batches_of(images).plain(4, order))
+        seen = torch.cat([(p[0] * 255).round()[:, 0, 0, 0].int() for p in parts])
+        assert seen.equal((torch.arange(21) if order is None else order).int())
+        assert torch.cat([p[1] for p in parts]).equal(seen.long() % 10)
+
+
+@pytest.mark.parametrize("processes", range(1, 6))
+@pytest.mark.parametrize("n", [1, 4, 5, 23, 24, 41, 60])
+def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
+    batches, drawn = batches_of(noise(n, 8, 8)), data.draw(n, 1, 1, padding=1)
+    batchSz = 4 * processes
+    sizes = data.batch_sizes(n, batchSz, processes)
+    for parts in ([list(batches.augmented(drawn, batchSz, rank, processes)) for rank in range(processes)],
+                  [list(batches.plain(batchSz, drawn.order, rank, processes)) for rank in range(processes)]):
+        if n >= processes:  # or DistributedDataParallel would wait for the process without an image
+            assert {len(part) for part in parts} == {len(sizes)}
+            assert [sum(len(labels) for _, labels in step) for step in zip(*parts, strict=True)] == sizes
+        assert all(len(labels) for part in parts for _, labels in part)
+        labels = torch.cat([labels for part in parts for _, labels in part])
+        assert labels.bincount(minlength=10).equal(batches.labels.bincount(minlength=10)) and len(labels) == n
+    seen = torch.cat([images for rank in range(processes)
+                      for images, _ in batches.plain(batchSz, None, rank, processes)])
+    whole = torch.cat([images for images, _ in batches.plain(batchSz)])
+    assert sorted(map(tuple, seen.flatten(1).tolist())) == sorted(map(tuple, whole.flatten(1).tolist()))
+
+
+@pytest.mark.parametrize("n, batchSz, processes, expected", [
+    (21, 4, 1, [4, 4, 4, 4, 4, 1]), (20, 4, 1, [4] * 5), (21, 4, 2, [4, 4, 4, 4, 5]), (22, 4, 2, [4, 4, 4, 4, 4, 2]),
+    (23, 8, 4, [8, 8, 7]), (19, 8, 4, [8, 11]), (3, 8, 1, [3]), (3, 8, 4, [3]), (0, 8, 2, []), (8, 8, 8, [8])])
+def test_batch_sizes(n, batchSz, processes, expected):
+    assert data.batch_sizes(n, batchSz, processes) == expected
+
+
+# --- crop and flip ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width, channels", [(32, 32, 3), (12, 20, 1)])
+def test_crop_is_what_torchvision_does(height, width, channels):
+    """Every offset and flip: pad by 4 with black, crop, flip, and only then normalise."""
+    images = noise(2, height, width, channels)
+    mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
+    batches = batches_of(images, mean, std)
+    for dy in range(-4, 5):
+        for dx in range(-4, 5):
+            for flip in (False, True):
+                got = batches.crop(torch.arange(2), torch.tensor([dy] * 2), torch.tensor([dx] * 2),
+                                   torch.tensor([flip] * 2))
+                want = vision.crop(vision.pad(images, [4]), 4 + dy, 4 + dx, height, width)
+                want = vision.hflip(want) if flip else want
+                want = vision.normalize(want.float() / 255, mean, std)
+                assert got.shape == want.shape and (got - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size, padding", [(32, 4), (224, 28), (64, 8), (7, 0)])
+def test_padding_grows_with_the_image(size, padding):
+    assert batches_of(noise(1, size, size)).padding == padding
+    drawn = data.draw(2000, 1, 1, padding)
+    assert (drawn.dy.min(), drawn.dy.max(), drawn.dx.min(), drawn.dx.max()) == (-padding, padding, -padding, padding)
+    if padding == 4:
+        assert all(torch.equal(a, b) for a, b in zip(drawn, data.draw(2000, 1, 1), strict=True))
+
+
+def test_pixels_never_wrap_and_padding_is_black_before_normalising():
+    white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
+    batches = batches_of(white, [0.5] * 3, [0.25] * 3)
+    middle = torch.tensor([1])  # it has neighbours whose pixels must not come in
+    for dy, dx, flip in [(4, 0, 0), (-4, 0, 0), (0, 4, 0), (0, -4, 1), (3, -2, 1)]:
+        image = batches.crop(middle, torch.tensor([dy]), torch.tensor([dx]), torch.tensor([bool(flip)]))[0]
+        black = image == (0 - 0.5) / 0.25
+        assert (image[~black] == (1 - 0.5) / 0.25).all()
+        assert black[0].sum() == 32 * 32 - (32 - abs(dy)) * (32 - abs(dx))
+        left_is_black = (dx < 0) != bool(flip)
+        if dx:
+            assert black[:, 16, 0 if left_is_black else 31].all() and not black[:, 16, 31 if left_is_black else 0].any()
+
+
+def test_plain_batches_are_the_images_normalised():
+    images = noise(5)
+    mean, std = data.mean_and_std(images)
+    batch = torch.cat([b for b, _ in batches_of(images, mean, std).plain(2)])
+    assert batch.dtype == torch.float32 and batch.shape == (5, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert batch.mean((0, 2, 3)).abs().max() < 1e-5 and (batch.std((0, 2, 3)) - 1).abs().max() < 1e-3

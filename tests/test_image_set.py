@@ -1,0 +1,101 @@
+"""image_set.py: choosing classes, holding out images, mean and deviation."""
+
+import numpy as np
+import pytest
+import torch
+from image_helpers import noise
+
+import data
+import image_set
+
+
+def numbered(labels, classes):
+    """An image set whose images say what number they have"""
+    images = torch.arange(len(labels)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    return data.ImageSet(images, torch.tensor(labels), classes)
+
+
+def numbers(images):
+    return images.images[:, 0, 0, 0].tolist()
+
+
+def test_select_classes_in_the_order_of_the_names():
+    whole = numbered([0, 1, 2, 3, 2, 1, 0, 2], ["a", "b", "c", "d"])
+    chosen = data.select_classes(whole, ["c", "a"])
+    assert numbers(chosen) == [0, 2, 4, 6, 7] and chosen.labels.tolist() == [1, 0, 0, 1, 0]
+    assert chosen.classes == ["c", "a"] and chosen.labels.dtype == torch.int64
+    assert data.select_classes(whole, whole.classes).labels.equal(whole.labels)
+
+
+@pytest.mark.parametrize("names, said", [
+    (["a", "z"], "class z is unknown; valid are a, b"), (["a", "a"], "class a is named twice; valid are a, b"),
+    (["a", "c"], "class c has no image; valid are a, b"), (["a"], r"\['a'\] are fewer than two; valid are two or more"),
+    ([], r"\[\] are fewer than two"), (["A", "b"], "class A is unknown"),
+])
+def test_classes_that_cannot_be_selected(names, said):
+    with pytest.raises(data.DataError, match=said):
+        data.select_classes(numbered([0, 1, 1, 0], ["a", "b", "c"]), names)
+
+
+def test_long_lists_of_valid_classes_are_shortened():
+    names = [f"n{i:02}" for i in range(21)]
+    with pytest.raises(data.DataError, match=r"n18, n19, \.\.\. \(21 in all\)$"):
+        data.select_classes(numbered(list(range(21)), names), ["x", "n00"])
+    with pytest.raises(data.DataError, match=r"n18, n19$"):
+        data.select_classes(numbered(list(range(20)), names[:20]), ["x", "n00"])
+
+
+@pytest.mark.parametrize("counts, n", [
+    ([100] * 10, 100), ([100] * 10, 1), ([100] * 10, 990), ([100] * 10, 555), ([7, 50, 3, 140], 20),
+    ([7, 50, 3, 140], 1), ([7, 50, 3, 140], 133), ([5, 0, 9], 4), ([2, 2, 2], 2), ([1, 30], 10)])
+def test_held_out_images_are_stratified(counts, n):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    whole = data.ImageSet(torch.arange(len(labels))[:, None, None, None], torch.from_numpy(labels), list("abcdefghij"))
+    whole = whole._replace(classes=whole.classes[:len(counts)])
+    stay, held = data.hold_out(whole, n, seed=3)
+    assert len(held.images) == n and stay.classes == held.classes == whole.classes
+    assert sorted(numbers(stay) + numbers(held)) == list(range(len(labels)))
+    assert numbers(stay) == sorted(numbers(stay)) and numbers(held) == sorted(numbers(held))
+    for part in (stay, held):
+        assert part.labels.equal(whole.labels[numbers(part)])
+    for label, count in enumerate(counts):
+        assert abs((held.labels == label).sum().item() - n * count / len(labels)) < 1
+        assert not count or (stay.labels == label).any()
+
+
+def test_largest_remainders_get_the_rest():
+    assert image_set.shares(torch.tensor([7, 50, 3, 140]), 20).tolist() == [1, 5, 0, 14]  # of 0.7, 5, 0.3 and 14
+    assert image_set.shares(torch.tensor([5, 5, 5]), 4).tolist() == [2, 1, 1]  # the first of equal ones
+
+
+def test_held_out_images_follow_from_the_seed_alone():
+    whole = numbered([0, 1] * 60, ["a", "b"])
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    held = [numbers(data.hold_out(whole, 20, seed)[1]) for seed in (0, 0, 1)]
+    assert held[0] == held[1] != held[2] and torch.equal(torch.get_rng_state(), before)
+    often = torch.zeros(120)
+    for seed in range(300):
+        often[numbers(data.hold_out(whole, 20, seed)[1])] += 1
+    assert often.min() > 20 and often.max() < 85  # of 300 / 6 = 50, deviation 6.5
+
+
+@pytest.mark.parametrize("counts, n, nearest", [
+    ([3, 3], 6, "4"), ([3, 3], 5, "4"), ([3, 3], 0, "1"), ([3, 3], -2, "1"), ([3, 3], 10**30, "4"), ([1, 1], 1, "none"),
+    ([1, 9], 9, "4"), ([1, 9], 5, "4")])
+def test_what_cannot_be_held_out(counts, n, nearest):
+    whole = numbered([0] * counts[0] + [1] * counts[1], ["a", "b"])
+    with pytest.raises(data.DataError, match=f"^{n} of {sum(counts)} training images .* nearest valid is {nearest}$"):
+        data.hold_out(whole, n, seed=1)
+    if nearest != "none":
+        assert len(data.hold_out(whole, int(nearest), seed=1)[1].images) == int(nearest)
+
+
+def test_mean_and_std():
+    images = noise(50)
+    images[:, 2] = 7  # a constant channel is left as it is
+    mean, std = data.mean_and_std(images)
+    pixels = images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1) / 255
+    assert mean == pytest.approx(pixels.mean(1), abs=1e-12)
+    assert std == pytest.approx([*pixels[:2].std(1), 1], abs=1e-12)
+    assert data.mean_and_std(images[torch.randperm(50)]) == (mean, std)  # exactly, whatever the order
