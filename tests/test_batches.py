@@ -2,21 +2,23 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as vision
 from image_helpers import CLASSES, noise
 
 import data
+from batches import Batches, dropout_seed, epoch_seed
 
 
 def image_set(images):
     return data.ImageSet(images, torch.arange(len(images)) % 10, CLASSES)
 
 
-def batches_of(images, mean=None, std=None):
+def batches_of(images, mean=None, std=None, **more):
     channels = images.shape[1]
-    return data.Batches(image_set(images), mean or [0.0] * channels, std or [1.0] * channels, torch.device("cpu"))
+    return Batches(image_set(images), mean or [0.0] * channels, std or [1.0] * channels, torch.device("cpu"), **more)
 
 
 # --- the random numbers of an epoch -----------------------------------------------------------------------------
@@ -39,6 +41,26 @@ def test_every_epoch_and_seed_draws_anew_and_the_same_again():
     seeds = {data.epoch_seed(seed, epoch) for seed in range(50) for epoch in range(1, 301)}
     assert len(seeds) == 50 * 300 and data.epoch_seed(1, 2) == 1_000_005
     assert data.epoch_seed(2**32 - 1, 10**6) < 2**63  # what a generator takes
+
+
+def test_dropout_has_a_seed_that_no_other_epoch_rank_or_permutation_of_the_run_has():
+    """Nor the same low 32 bits, which are all that torch's generator on the CPU takes of a seed."""
+    for seed in (0, 1, 4321, 2**32 - 1):
+        for epochs, ranks in ((range(1, 1001), range(64)), (range(10**6 - 20, 10**6 + 1), range(4095))):
+            used = [dropout_seed(seed, epoch, rank) for epoch in epochs for rank in ranks]
+            used += [epoch_seed(seed, epoch) for epoch in epochs]
+            assert len(set(used)) == len(used) == len({value % 2**32 for value in used})
+    assert dropout_seed(2**32 - 1, 10**6, 10**5) < 2**63  # what every generator takes
+
+
+def test_dropout_of_a_run_has_no_seed_in_common_with_the_permutations_of_any_other():
+    drawn = np.random.default_rng(0)
+    seeds = [0, 1, 2, 2**32 - 1, *drawn.integers(0, 2**32, 400).tolist()]
+    epochs = [1, 2, 300, 10**6, *drawn.integers(1, 10**6, 100).tolist()]
+    permutations = {epoch_seed(seed, epoch) for seed in seeds for epoch in epochs}
+    dropout = {dropout_seed(seed, epoch, rank) for seed in seeds for epoch in epochs for rank in (0, 1, 7, 10**5)}
+    assert len(dropout) == 4 * len(seeds) * len(epochs) and not dropout & permutations
+    assert min(dropout) > epoch_seed(2**32 - 1, 10**6)  # hence for all of them
 
 
 def test_random_numbers_are_private(monkeypatch):
@@ -124,6 +146,34 @@ def test_crop_is_what_torchvision_does(height, width, channels):
                 want = vision.hflip(want) if flip else want
                 want = vision.normalize(want.float() / 255, mean, std)
                 assert got.shape == want.shape and (got - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("height, width, channels", [(32, 32, 3), (16, 24, 1)])
+def test_mean_border_is_zero_after_normalising(height, width, channels):
+    """As the authors' code does it: normalise, then pad by zeros and crop; exactly, inside as with a black border."""
+    images = noise(2, height, width, channels)
+    images[1] = 0  # black itself is no border
+    mean, std = [0.49139968, 0.48215827, 0.44653124][:channels], [0.24703233, 0.24348505, 0.26158768][:channels]
+    black, by_mean = batches_of(images, mean, std), batches_of(images, mean, std, border="mean")
+    normalised = black.crop(torch.arange(2), *[torch.zeros(2, dtype=torch.long)] * 2, torch.zeros(2).bool())
+    for dy in range(-4, 5):
+        for dx in range(-4, 5):
+            for flip in (False, True):
+                got = by_mean.crop(torch.arange(2), torch.tensor([dy] * 2), torch.tensor([dx] * 2),
+                                   torch.tensor([flip] * 2))
+                want = vision.crop(vision.pad(normalised, [4]), 4 + dy, 4 + dx, height, width)
+                assert got.equal(vision.hflip(want) if flip else want)
+    for (a, labels), (b, same) in zip(black.plain(1), by_mean.plain(1), strict=True):  # an evaluation has no border
+        assert a.equal(b) and labels.equal(same)
+
+
+def test_the_border_is_black_unless_told_otherwise():
+    images, drawn = noise(20), data.draw(20, 1, 1)
+    default, black, mean = (next(batches_of(images, [0.5] * 3, [0.2] * 3, **border).augmented(drawn, 20))[0]
+                            for border in ({}, {"border": "black"}, {"border": "mean"}))
+    assert default.equal(black) and not default.equal(mean)
+    with pytest.raises(ValueError, match=r"^border 'grey' is unknown; valid are black, mean$"):
+        batches_of(images, border="grey")
 
 
 @pytest.mark.parametrize("size, padding", [(32, 4), (224, 28), (64, 8), (7, 0)])
