@@ -20,10 +20,10 @@ from torchvision.datasets.utils import calculate_md5, download_url
 
 from batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
 from image_folder import load_folder
-from image_set import DataError, ImageSet, hold_out, mean_and_std, reason, select_classes
+from image_set import DataError, ImageSet, digest, hold_out, mean_and_std, reason, select_classes, with_channels
 
-__all__ = ["BORDERS", "DATASETS", "Augmentation", "Batches", "DataError", "ImageSet", "Stream", "batch_sizes", "draw",
-           "dropout_seed", "epoch_seed", "hold_out", "load", "mean_and_std", "select_classes"]
+__all__ = ["BORDERS", "DATASETS", "Augmentation", "Batches", "DataError", "ImageSet", "Stream", "batch_sizes", "digest",
+           "draw", "dropout_seed", "epoch_seed", "hold_out", "load", "mean_and_std", "select_classes", "with_channels"]
 
 DATASETS = ("cifar10", "cifar100", "svhn", "folder")
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

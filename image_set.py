@@ -1,12 +1,15 @@
-"""A set of images in memory: choosing from it, its mean and deviation."""
+"""A set of images in memory: choosing classes, holding out images, mean and deviation, digest."""
 
+import hashlib
+import json
+import unicodedata
 from typing import NamedTuple
 
 import torch
 
 
 class DataError(ValueError):
-    """Data that are missing or damaged, or a choice from them that cannot be; the message is one line for the user."""
+    """Data that are missing or damaged, or a choice from them that is not possible; the message is one line."""
 
 
 class ImageSet(NamedTuple):
@@ -16,6 +19,7 @@ class ImageSet(NamedTuple):
 
 
 def reason(error: Exception) -> str:
+    """The first line of its message, or its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -23,32 +27,44 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ... ({len(names)} in all)"
 
 
+def normal_form(name: str) -> str:
+    """NFC: macOS and Linux write the same accented name by different code points."""
+    return unicodedata.normalize("NFC", name)
+
+
 def select_classes(images: ImageSet, names: list[str]) -> ImageSet:
-    """Only the images of these classes, which are labelled in the order of ``names``.
+    """The images of these classes alone, labelled in the order of ``names``; Unicode normalisation does not matter.
 
     Raises:
-        DataError: for a name that is unknown, twice there or without an image, or fewer than two of them.
+        DataError: if a name is unknown, repeated or has no image, or if there are fewer than two names.
     """
     counts = images.labels.bincount(minlength=len(images.classes)).tolist()
-    valid = [name for name, n in zip(images.classes, counts, strict=True) if n]
+    index = {normal_form(name): i for i, name in enumerate(images.classes)}
+    valid = shorten([name for name, n in zip(images.classes, counts, strict=True) if n])
+    chosen: list[int] = []
     for name in names:
-        problem = ("is unknown" if name not in images.classes else "has no image" if name not in valid
-                   else "is named twice" if names.count(name) > 1 else None)
-        if problem:
-            raise DataError(f"class {name} {problem}; valid are {shorten(valid)}")
-    if len(names) < 2:
-        raise DataError(f"classes {names} are fewer than two; valid are two or more of {shorten(valid)}")
-    label = torch.full((len(images.classes),), -1)
-    label[[images.classes.index(name) for name in names]] = torch.arange(len(names))
-    labels = label[images.labels]
+        i = index.get(normal_form(name))
+        if i is None:
+            raise DataError(f"class {name} is unknown; valid are {valid}")
+        if not counts[i]:
+            raise DataError(f"class {name} has no image; valid are {valid}")
+        if i in chosen:
+            raise DataError(f"class {name} is named twice; valid are {valid}")
+        chosen.append(i)
+    if len(chosen) < 2:
+        raise DataError(f"classes {names} are fewer than two; valid are two or more of {valid}")
+    new_label = torch.full((len(images.classes),), -1)
+    new_label[chosen] = torch.arange(len(chosen))
+    labels = new_label[images.labels]
     keep = labels >= 0
-    return ImageSet(images.images[keep], labels[keep], list(names))
+    return ImageSet(images.images[keep], labels[keep], [images.classes[i] for i in chosen])
 
 
 def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """-> the training images that stay, and n validation images; both in the set's order.
+    """Splits into the images to train on and n validation images; both stay in the set's order.
 
-    Stratified: a class's share of the n is what it is of the set, to within one image. Drawn from a private generator.
+    Stratified: each class's share of the n is its share of the set, to within one image. The random numbers are from
+    a generator of their own.
 
     Raises:
         DataError: if n is less than 1, or leaves a class without an image to train on.
@@ -68,24 +84,56 @@ def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
 
 
 def shares(counts: torch.Tensor, n: int) -> torch.Tensor:
-    """n split in the proportion of counts by largest remainders; of equal ones the first class gets the image."""
+    """Splits n in proportion to ``counts`` by largest remainders; of equal remainders the first class's wins."""
     whole, rest = counts * n // counts.sum(), counts * n % counts.sum()
     whole[rest.argsort(descending=True, stable=True)[:n - whole.sum()]] += 1
     return whole
 
 
 def possible(counts: torch.Tensor, n: int) -> bool:
+    """Whether n images can be held out so that each class that has images keeps one."""
     return 1 <= n < int(counts.sum()) and bool((shares(counts, n) < counts)[counts > 0].all())
 
 
+def with_channels(images: ImageSet, channels: int) -> ImageSet:
+    """The images as a network of ``channels`` input channels takes them: grayscale ones are repeated in each channel.
+
+    Raises:
+        DataError: if the images are in colour and the network takes grayscale.
+    """
+    have = images.images.shape[1]
+    if have == channels:
+        return images
+    if have != 1:
+        raise DataError(f"the images have {have} channels, the network takes {channels}; valid are grayscale images")
+    return images._replace(images=images.images.expand(-1, channels, -1, -1))  # takes no memory
+
+
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Each channel's mean and standard deviation over all pixels, in [0, 1]: of integer counts, exact anywhere."""
+    """Each channel's mean and standard deviation over all pixels, in [0, 1]; 1 for the deviation of a constant channel.
+
+    Args:
+        images: uint8 (N, C, H, W)
+    """
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in range(images.shape[1]):
+        # from a 256-bin histogram, so that device and order do not matter
         share = torch.bincount(images[:, channel].flatten(), minlength=256).double()
         share /= share.sum()
         mean = (share * levels).sum()
         means.append(mean.item())
-        stds.append((share * (levels - mean) ** 2).sum().sqrt().item() or 1.0)  # a constant channel stays 0
+        stds.append((share * (levels - mean) ** 2).sum().sqrt().item() or 1.0)
     return means, stds
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256, as hex digits, of the shape, the class names, the pixels and the labels.
+
+    The layout in memory does not matter: the binary and the python version of CIFAR have the same digest.
+    """
+    sha = hashlib.sha256(json.dumps([list(images.images.shape), images.classes]).encode())
+    for part in images.images.split(1000):  # a copy of 1000 images at most, where they are not contiguous
+        sha.update(part.contiguous().numpy())
+    sha.update(images.labels.contiguous().numpy().astype("<i8"))
+    return sha.hexdigest()

@@ -37,6 +37,16 @@ def test_classes_that_cannot_be_selected(names, said):
         data.select_classes(numbered([0, 1, 1, 0], ["a", "b", "c"]), names)
 
 
+def test_a_class_is_found_whatever_its_unicode_normalisation():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for of_the_set, typed in ((composed, decomposed), (decomposed, composed)):
+        chosen = data.select_classes(numbered([0, 1, 2], ["bar", of_the_set, "pub"]), [typed, "bar"])
+        assert numbers(chosen) == [0, 1] and chosen.labels.tolist() == [1, 0]
+        assert chosen.classes == [of_the_set, "bar"]  # as the whole set spells it
+    with pytest.raises(data.DataError, match="is named twice"):
+        data.select_classes(numbered([0, 1], [composed, "bar"]), [composed, decomposed])
+
+
 def test_long_lists_of_valid_classes_are_shortened():
     names = [f"n{i:02}" for i in range(21)]
     with pytest.raises(data.DataError, match=r"n18, n19, \.\.\. \(21 in all\)$"):
@@ -99,3 +109,40 @@ def test_mean_and_std():
     assert mean == pytest.approx(pixels.mean(1), abs=1e-12)
     assert std == pytest.approx([*pixels[:2].std(1), 1], abs=1e-12)
     assert data.mean_and_std(images[torch.randperm(50)]) == (mean, std)  # exactly, whatever the order
+
+
+# --- digest and channels ----------------------------------------------------------------------------------------
+
+def test_digest_notices_every_change():
+    whole = data.ImageSet(noise(7), torch.tensor([0, 1, 0, 1, 1, 0, 0]), ["a", "b"])
+    pixel, label = whole.images.clone(), whole.labels.clone()
+    pixel[6, 2, 31, 31] ^= 1
+    label[6] = 1
+    order = torch.tensor([1, 0, 2, 3, 4, 5, 6])
+    changed = [whole._replace(images=pixel), whole._replace(labels=label), whole._replace(classes=["a", "c"]),
+               whole._replace(classes=["b", "a"]), whole._replace(classes=["a, b"]),
+               whole._replace(classes=["a", "b", ""]),
+               whole._replace(images=whole.images.view(7, 3, 16, 64)), whole._replace(images=whole.images[order]),
+               whole._replace(images=whole.images[:6], labels=whole.labels[:6])]
+    digests = [data.digest(images) for images in (whole, *changed)]
+    assert len(set(digests)) == len(digests) and all(len(value) == 64 for value in digests)
+
+
+def test_digest_is_that_of_the_content_however_it_lies_in_memory():
+    whole = data.ImageSet(noise(1500, 4, 4), torch.arange(1500) % 2, ["a", "\udcff\n"])  # a name that is no UTF-8
+    transposed = whole.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert data.digest(whole) == data.digest(whole._replace(images=transposed, labels=whole.labels.repeat(2)[:1500]))
+    gray = whole._replace(images=whole.images[:, :1])
+    expanded = data.with_channels(gray, 3)
+    assert data.digest(expanded) == data.digest(expanded._replace(images=expanded.images.contiguous()))
+    assert data.digest(expanded) != data.digest(gray)
+
+
+def test_gray_images_fit_a_colour_network_and_colour_images_no_gray_one():
+    gray, colour = (data.ImageSet(noise(3, channels=n), torch.arange(3), list("abc")) for n in (1, 3))
+    for channel in range(3):
+        assert data.with_channels(gray, 3).images[:, channel].equal(gray.images[:, 0])
+    for images, channels in ((gray, 1), (colour, 3)):
+        assert data.with_channels(images, channels).images.equal(images.images)
+    with pytest.raises(data.DataError, match=r"^the images have 3 channels, the network takes 1; valid are grayscale"):
+        data.with_channels(colour, 1)
