@@ -24,14 +24,14 @@ import torchvision
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display needed
 
-import data
 import densenet
-import numcheck
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
-from make_graph import COLOURS, complain, new_file, operations, replace_file
-from numcheck import layers_of, parts_of
-from plot import STYLE, png_of
-from runs import EFFICIENT, Parser, flag, number
+from lib import data
+from lib.cli import EFFICIENT, NETWORK_FLAGS, Parser, add_network_flags, fail, flag, network_arguments, number
+from lib.faults import FAULTS, add_inject_flag, injected, target_of
+from lib.figures import COLOURS, STYLE, png_of
+from lib.files import new_file, replace_file
+from lib.layers import PATHS, check_path, describe, layers_of, operations, parts_of, settle_kinks
 
 FACTOR = 4  # how much larger than the reference's own an error may be
 LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here
@@ -102,16 +102,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8, help="images (default: %(default)s)")
     add("--csv", metavar="FILE", type=new_file(""), default=None, help="write a row for every tensor")
     add("--plot", metavar="FILE.png", type=new_file(".png"), default=None, help="draw difference against depth")
-    numcheck.add_common_flags(parser, numcheck.FAULTS)
+    add("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
+        help="of weights and images (default: %(default)s)")
+    add_inject_flag(parser, FAULTS)
+    add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     return parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    args = get_args_parser().parse_args(argv)
+    args, explicit = get_args_parser().parse(argv)
     args.efficient = args.efficient or ("yes" if args.against == "plain" else "no")
-    given = [flag(name, True) for name in numcheck.NETWORK if name in args]
-    if args.checkpoint and given:
-        raise ValueError(f"{given[0]} contradicts --checkpoint {args.checkpoint}, which has its own; give one of them")
+    network = [flag(name) for name in NETWORK_FLAGS if name in explicit]
+    if args.checkpoint and network:
+        raise ValueError(f"{network[0]} contradicts --checkpoint {args.checkpoint}, which has its own; give one of "
+                         "them")
     if args.checkpoint and not args.data:
         raise ValueError(f"--checkpoint {args.checkpoint} takes real images; valid with it is --data DIR")
     if args.against == "plain" and args.efficient == "no":
@@ -141,7 +145,7 @@ def sides(args: argparse.Namespace) -> list[Side | None]:
     gpu = ours._replace(name="GPU", device="cuda")
     tested, reference = {
         "torchvision": (ours, theirs),
-        "plain": (ours._replace(name=numcheck.PATHS[ours.path]), Side("textbook")),
+        "plain": (ours._replace(name=PATHS[ours.path]), Side("textbook")),
         "float64": (ours, theirs),
         "cuda": (gpu, ours._replace(name="CPU")),
         "cudnn-off": (gpu._replace(name="cuDNN"), gpu._replace(name="no cuDNN", cudnn=False)),
@@ -166,7 +170,8 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
         net = DenseNet(**trained.arguments | {"dropRate": 0.0}, efficient=False)  # no two would drop the same
         net.load_state_dict(trained.state_dict())
     else:
-        net = numcheck.make_net(args, efficient=False)
+        torch.manual_seed(args.seed)
+        net = DenseNet(**network_arguments(args), efficient=False)
     torch.manual_seed(args.seed)
     n, a = args.batchSz, net.arguments
     if not args.data:
@@ -239,15 +244,15 @@ def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, f
     if not side.path and not side.compiled:
         watch(model, net, side, record)
     forward = torch.compile(model) if side.compiled else model
-    target = numcheck.target_of(model) if fault else None
+    target = target_of(model) if fault else None
     with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32's 10 bits would hide a difference
-          numcheck.injected(fault, target, bool(side.path))):
+          injected(fault, target, bool(side.path))):
         with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
             output = forward(images)
             output = F.log_softmax(output, 1) if side.torchvision else output
             loss = F.nll_loss(output, labels.to(side.device))
         if not side.torchvision and not side.compiled:
-            numcheck.check_path(model, side.path)
+            check_path(model, side.path)
         if side.path:
             unfold(model, output, record)
         loss.backward()
@@ -328,7 +333,7 @@ def compare(net: DenseNet, records: list[Record | None], floor: float) -> list[R
 
 
 def compare_sides(args: argparse.Namespace, net: DenseNet, images: torch.Tensor, labels: torch.Tensor) -> list[Row]:
-    numcheck.settle_kinks(net.double(), images.double())
+    settle_kinks(net.double(), images.double())
     net.float()  # the same weights for all: numbers that float32 has
     chosen = sides(args)
     records = [side and run(side, net, images, labels, args.inject if side in (chosen[0], chosen[3]) else None)
@@ -430,8 +435,8 @@ def main(argv: list[str] | None = None) -> int:
         if reference.torchvision:
             check_torchvision_has(net, args.against)
     except (ValueError, OSError) as error:
-        return complain(error, 2, "compare_grads.py")
-    title = f"{numcheck.describe(net)}: {AGAINST[args.against]}" + f"; injected: {args.inject}" * bool(args.inject)
+        return fail(error, 2, "compare_grads.py")
+    title = f"{describe(net)}: {AGAINST[args.against]}" + f"; injected: {args.inject}" * bool(args.inject)
     print(title)
     try:
         rows = compare_sides(args, net, images, labels)
@@ -442,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             replace_file(args.plot, render(title, layers, tested.name, reference.name))
     except RuntimeError as error:
-        return complain(error, 1, "compare_grads.py")
+        return fail(error, 1, "compare_grads.py")
     print(verdict(rows))
     return 1 if any(row.share > 1 for row in rows) else 0
 

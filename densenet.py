@@ -21,6 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module as nn_module
 
+__version__ = "1.1.0"
+
 
 class Bottleneck(nn.Module):
     """BN-ReLU-conv 1x1 to 4k channels, BN-ReLU-conv 3x3 to k, concatenated behind the input (paper, section 3)."""

@@ -9,7 +9,6 @@ import argparse
 import io
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -28,11 +27,13 @@ from matplotlib.path import Path as Curve
 from torch.autograd.graph import Node, get_gradient_edge
 
 from densenet import DenseBlock, DenseNet, Transition
-from runs import Parser, number
+from lib.cli import Parser, add_network_flags, fail, network_arguments, number
+from lib.figures import COLOURS
+from lib.files import replace_file
+from lib.layers import operations
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
 DOT_SECONDS = 120  # depth 250 takes 2
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe-Ito
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
 CENTRED = {"ha": "center", "va": "center"}
 STYLE = {"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}  # the salt: the same file from run to run
@@ -48,36 +49,17 @@ edge [color="#444444", arrowsize=0.5];
 """
 
 
-def new_file(suffix: str):
-    """Refuses before the work is done what could not be written after it."""
-    def parse(text: str) -> Path:
-        other = os.path.exists(text or ".") and not os.path.isfile(text)  # a directory, or a device to be overwritten
-        if not text.isprintable() or not text.endswith(suffix) or other:
-            valid = "the path of a file" + f" that ends in {suffix}" * bool(suffix)
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
-        if not os.access(Path(text).parent, os.W_OK | os.X_OK):
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path in an existing, writable directory")
-        return Path(text)
-    return parse
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("make_graph.py", __doc__)
     add = parser.add_argument
     add("--graph", choices=("autograd", "modules", "block"), default="modules", help="default: %(default)s")
-    add("--growthRate", metavar="K", type=number(int, 1, 4096), default=12,
-        help="k, the channels that each layer adds (default: %(default)s)")
-    add("--depth", metavar="L", type=number(int, 1, 4096), default=100,
-        help="layers: 6n + 4 with bottleneck, 3n + 4 without; block takes --layers instead (default: %(default)s)")
-    add("--reduction", metavar="R", type=number(float, 0, 1), default=0.5,
-        help="share of the channels that a transition keeps, above 0 and at most 1 (default: %(default)s)")
-    add("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
     add("--efficient", choices=("no", "yes"), default="no",
         help="autograd only. no: the textbook's operations; yes: the efficient block, one operation (default: no)")
     add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
         help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
     add("--out", metavar="FILE", default=".",
         help="an existing directory, or the files' path without suffix (default: ./graph-<kind>)")
+    add_network_flags(parser.add_argument_group("network (block takes --layers instead of --depth)"), depth=100)
     return parser
 
 
@@ -93,11 +75,11 @@ def stem_of(out: str, kind: str) -> Path:
 
 
 def make_net(args: argparse.Namespace) -> DenseNet:
-    depth, efficient = args.depth, args.graph == "autograd" and args.efficient == "yes"
+    arguments, efficient = network_arguments(args), args.graph == "autograd" and args.efficient == "yes"
     if args.graph == "block":
-        depth = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
+        arguments["depth"] = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
     with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes, without the numbers
-        return DenseNet(args.growthRate, depth, args.reduction, bottleneck=not args.no_bottleneck, efficient=efficient)
+        return DenseNet(**arguments, efficient=efficient)
 
 
 # --- .dot -------------------------------------------------------------------------------------------------------
@@ -128,18 +110,6 @@ def run_dot(text: str, suffix: str) -> bytes:
 
 
 # --- the backward pass ------------------------------------------------------------------------------------------
-
-def operations(output: torch.Tensor) -> list[Node]:
-    """Each node of the backward graph once, the output's first."""
-    found = [output.grad_fn]
-    seen = set(found)
-    for operation in found:  # grows on the way: a recursion would end at about depth 250
-        for source, _ in operation.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                found.append(source)
-    return found
-
 
 def name_of(operation: Node) -> str:
     return re.sub(r"Backward\d*$", "", operation.name())
@@ -322,19 +292,6 @@ def render(net: DenseNet, suffix: str) -> bytes:
 
 # --- files ------------------------------------------------------------------------------------------------------
 
-def replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:  # unlike tempfile's, with the permissions that the umask gives
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RuntimeError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(path)
-
-
 def write_dot(graph: str, net: DenseNet, stem: Path) -> str:
     a, parameters = net.arguments, sum(p.numel() for p in net.parameters())
     kind = f"DenseNet-{'B' * a['bottleneck']}{'C' * (a['reduction'] < 1)}".rstrip("-")
@@ -356,22 +313,17 @@ def write(graph: str, net: DenseNet, stem: Path) -> None:
         replace_file(Path(f"{stem}.{suffix}"), draw(suffix))
 
 
-def complain(error: Exception, status: int, program: str = "make_graph.py") -> int:
-    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
-
-
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 refused before anything was written, 1 failed later"""
     try:
         args = get_args_parser().parse_args(argv)
         stem, net = stem_of(args.out, args.graph), make_net(args)
     except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the parameters
-        return complain(error, 2)
+        return fail(error, 2, "make_graph.py")
     try:
         write(args.graph, net, stem)
     except RuntimeError as error:
-        return complain(error, 1)
+        return fail(error, 1, "make_graph.py")
     return 0
 
 

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
-from unittest.mock import patch
 
 import matplotlib.style
 import torch
@@ -22,47 +21,17 @@ from matplotlib.figure import Figure  # without pyplot: no display needed
 
 import densenet
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
-from make_graph import COLOURS, complain, new_file, replace_file
-from plot import STYLE, png_of
-from runs import Parser, number
+from lib.cli import Parser, add_network_flags, fail, network_arguments, number
+from lib.faults import WRONG_GRADIENTS, add_inject_flag, injected, target_of
+from lib.figures import COLOURS, STYLE, png_of
+from lib.files import new_file, replace_file
+from lib.layers import PATHS, check_path, describe, layers_of, settle_kinks
 
 STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
-LIMIT = 1e-7  # of the gradient's norm: a right one comes to 1e-8 at most, the faults below to 1e-3 and more
+LIMIT = 1e-7  # of the gradient's norm: a right one comes to 1e-8 at most, the faults of --inject to 1e-3 and more
 ENOUGH = LIMIT / 10  # an error that needs no other step
 DIRECTIONS = 2  # random ones, for each layer of a whole network
-SHIFT = 0.05  # standard deviations: how far settle_kinks may move a batch norm's output
-NETWORK = {"growthRate": 12, "depth": 22, "reduction": 0.5, "no_bottleneck": False}
-PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's efficient -> a block's last_path
-
-FAULTS = {
-    "cat-grad": "one layer sends its gradient back to the parts of the concatenation in the wrong order",
-    "grad-scale": "the gradient of one layer's first convolution is scaled by 1.01",
-    "bn-no-mean": "batch norm's backward pass lacks its mean term",
-    "cat-order": "one layer reads the concatenation in the wrong order, forward and backward",
-    "stats-twice": "a batch norm's running statistics are updated twice a step",
-}
-WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others have right gradients, of a wrong function
-
-
-# --- flags ------------------------------------------------------------------------------------------------------
-
-def add_common_flags(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:
-    parser.add_argument("--inject", metavar="FAULT", choices=tuple(faults), default=None,
-                        help="put a known fault into what is checked, to see it caught; FAULT is " +
-                             ", ".join(f"{name} ({FAULTS[name]})" for name in faults))
-    parser.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
-                        help="of weights and images (default: %(default)s)")
-    group = parser.add_argument_group("network")
-    unset = {"default": argparse.SUPPRESS}  # NETWORK has the defaults: one can tell what was given
-    group.add_argument("--growthRate", metavar="K", type=number(int, 2, 64), **unset,
-                       help="k, the channels that each layer adds (default: 12)")
-    group.add_argument("--depth", metavar="L", type=number(int, 1, 250), **unset,
-                       help="layers: 6n + 4 with bottleneck, 3n + 4 without; the paper's 100 takes a few minutes "
-                            "(default: 22)")
-    group.add_argument("--reduction", metavar="R", type=number(float, 0, 1), **unset,
-                       help="share of the channels that a transition keeps, above 0 and at most 1 (default: 0.5)")
-    group.add_argument("--no-bottleneck", action="store_true", **unset, help="the original layer: one 3x3 convolution")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -70,156 +39,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
                         help="draw error against step size: it falls with the square of the step, then rises as "
                              "rounding takes over, if the check is sound")
-    add_common_flags(parser, WRONG_GRADIENTS)
+    parser.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
+                        help="of weights and images (default: %(default)s)")
+    add_inject_flag(parser, WRONG_GRADIENTS)
+    add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     return parser
 
 
 def make_net(args: argparse.Namespace, **more) -> DenseNet:
     """Raises ValueError for geometry that no network can have."""
-    flags = NETWORK | vars(args)
     torch.manual_seed(args.seed)
-    return DenseNet(flags["growthRate"], flags["depth"], flags["reduction"], bottleneck=not flags["no_bottleneck"],
-                    **more)
-
-
-def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
-    """In order of computation."""
-    return [(name, module) for name, module in net.named_modules()
-            if isinstance(module, (Bottleneck, SingleLayer, Transition)) or name in ("conv1", "bn1", "fc")]
-
-
-def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
-    """Its dense blocks or its transitions, in order of computation."""
-    return {name: module for name, module in net.named_children() if isinstance(module, kind)}
-
-
-def check_path(net: DenseNet, path: bool | str) -> None:
-    """Raises RuntimeError if a dense block took another path: what is checked then says nothing of this one."""
-    for name, block in parts_of(net, DenseBlock).items():
-        if block.last_path != PATHS[path]:
-            raise RuntimeError(f"{name} took the {block.last_path} path; to be checked was the {PATHS[path]} path")
-
-
-def describe(net: DenseNet) -> str:
-    a = net.arguments
-    letters = "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)
-    size = f"L={a['depth']}" if a["depth"] else f"blocks {a['blockConfig']}"
-    return f"DenseNet{'-' * bool(letters)}{letters} {size} k={a['growthRate']}"
-
-
-# --- kinks ------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
-    """Moves the batch norms' biases a little, so that no ReLU reads a value near zero; -> the least distance left.
-
-    At zero ReLU has no derivative. A value that the difference's step, or float32's rounding, carries across zero
-    changes the gradient by a jump, and both results are right: a difference of 1e-2 that would hide real errors.
-    So each channel is shifted, by at most SHIFT standard deviations, to the middle of the widest gap in its values.
-    """
-    distances = []
-
-    def shift(norm: nn.BatchNorm2d, _inputs, out: torch.Tensor) -> torch.Tensor:
-        values = out.transpose(0, 1).flatten(1)  # (C, N * H * W)
-        window = SHIFT * values.std(1, keepdim=True)
-        values = torch.cat((-window, values.clamp(-window, window), window), 1).sort(1).values
-        gap, at = values.diff(dim=1).max(1, keepdim=True)
-        middle = values.gather(1, at) + gap / 2
-        norm.bias -= middle.squeeze(1)
-        distances.append(gap.min().item() / 2)
-        return out - middle[:, :, None]
-
-    hooks = [m.register_forward_hook(shift) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    module(x)
-    for hook in hooks:
-        hook.remove()
-    return min(distances)
-
-
-# --- faults -----------------------------------------------------------------------------------------------------
-
-def target_of(net: DenseNet) -> nn.Module:
-    """The layer of a network that a fault is put into: halfway through."""
-    blocks = [*parts_of(net, DenseBlock).values()]
-    block = blocks[len(blocks) // 2]
-    return block[len(block) // 2]
-
-
-@contextlib.contextmanager
-def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> Iterator[None]:
-    """A fault in a layer, or in how the efficient block works it. The layer does not recover: give it a copy."""
-    if fault == "grad-scale":
-        layer.conv1.weight.register_hook(lambda grad: 1.01 * grad)
-    elif fault and efficient:
-        with broken_block(fault, layer):
-            yield
-        return
-    elif fault:
-        break_layer(fault, layer)
-    yield
-
-
-def break_layer(fault: str, layer: nn.Module) -> None:
-    norm = getattr(layer, "bn2", layer.bn1)
-    forward, normalise = layer.forward, norm.forward
-    if fault == "bn-no-mean":
-        norm.forward = lambda x: batch_norm_without_mean(norm, x)
-    elif fault == "stats-twice":
-        norm.forward = lambda x: (normalise(x), normalise(x))[1]
-    elif isinstance(layer, (Bottleneck, SingleLayer)):  # a transition reads a concatenation, but makes none
-        layer.forward = lambda x: torch.cat((x, forward(misorder(fault, x))[:, x.shape[1]:]), 1)
-
-
-def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
-    """The concatenation with its last channel first, or unchanged with its gradient so."""
-    if fault == "cat-order":
-        return x.roll(1, 1)
-    x = x.view_as(x)
-    if x.requires_grad:
-        x.register_hook(lambda grad: grad.roll(1, 1))
-    return x
-
-
-def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        type(norm).forward(norm, x)  # for the running statistics
-    x = x - x.mean((0, 2, 3), keepdim=True).detach()
-    rstd = (x.square().mean((0, 2, 3), keepdim=True) + norm.eps).rsqrt()
-    return x * rstd * norm.weight[:, None, None] + norm.bias[:, None, None]
-
-
-def broken_block(fault: str, layer: nn.Module):
-    """A context in which the efficient block is faulty where it works ``layer``; bn-no-mean: in all layers."""
-    block, backward = densenet.EfficientBlock, densenet.affine_relu_backward
-    normalise_backward, update = densenet.normalise_backward, densenet.update_running_statistics
-    first = layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
-
-    class Misordered(block):
-        @classmethod
-        def apply(cls, x, spec, *parameters):  # a layer's channels in another order: its parameters in another order
-            return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
-                                          for p in parameters))
-
-    def misordered_backward(pull, dout, xhat, gamma, beta, G, is_first):
-        if gamma.data_ptr() != layer.bn1.weight.data_ptr():
-            return backward(pull, dout, xhat, gamma, beta, G, is_first)
-        own = [torch.empty_like(g) for g in G]
-        sums, grads = backward(pull, dout, xhat, gamma, beta, own, is_first=True)
-        torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # no layer is the first
-        return sums.roll(1, 1), grads
-
-    def without_mean(G, xhat, rstd, sums, m):
-        return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
-
-    def twice(norms, means, variances):
-        update(norms, means, variances)
-        again = [i for i, norm in enumerate(norms) if norm is layer.bn1]
-        if again:
-            update(*([values[i] for i in again] for values in (norms, means, variances)))
-
-    return patch.object(densenet, *{
-        "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_backward", misordered_backward),
-        "bn-no-mean": ("normalise_backward", without_mean), "stats-twice": ("update_running_statistics", twice)}[fault])
+    return DenseNet(**network_arguments(args), **more)
 
 
 # --- differences ------------------------------------------------------------------------------------------------
@@ -429,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         args = get_args_parser().parse_args(argv)
         net = make_net(args)
     except ValueError as error:
-        return complain(error, 2, "numcheck.py")
+        return fail(error, 2, "numcheck.py")
     print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}" +
           f"; injected: {args.inject}" * bool(args.inject))
     threads = torch.get_num_threads()
@@ -440,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             replace_file(args.plot, render(net, curves))
     except RuntimeError as error:
-        return complain(error, 1, "numcheck.py")
+        return fail(error, 1, "numcheck.py")
     finally:
         torch.set_num_threads(threads)
     text, good = verdict(found)

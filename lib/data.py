@@ -2,7 +2,7 @@
 
     train, test = data.load("cifar10", "data")
     batches = data.Batches(train, *data.mean_and_std(train.images), device)
-    for images, labels in batches.augmented(data.draw(batches.n, seed=1, epoch=1), batchSz=64): ...
+    for images, labels, size in batches.augmented(data.draw(batches.n, seed=1, epoch=1), batchSz=64): ...
 """
 
 import contextlib
@@ -18,9 +18,9 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import calculate_md5, download_url
 
-from batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
-from image_folder import load_folder
-from image_set import DataError, ImageSet, digest, hold_out, mean_and_std, reason, select_classes, with_channels
+from lib.batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
+from lib.image_folder import load_folder
+from lib.image_set import DataError, ImageSet, digest, hold_out, mean_and_std, reason, select_classes, with_channels
 
 __all__ = ["BORDERS", "DATASETS", "Augmentation", "Batches", "DataError", "ImageSet", "Stream", "batch_sizes", "digest",
            "draw", "dropout_seed", "epoch_seed", "hold_out", "load", "mean_and_std", "select_classes", "with_channels"]

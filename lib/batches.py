@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from image_set import ImageSet
+from lib.image_set import ImageSet
 
 BORDERS = ("black", "mean")
-Stream = Iterator[tuple[torch.Tensor, torch.Tensor]]  # batches: float32 (B, C, H, W) and int64 (B,)
+# a rank's part of each batch: images, float32 (B, C, H, W), labels, int64 (B,), and the batch's size over all ranks
+Stream = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
 
 
 class Augmentation(NamedTuple):
@@ -90,21 +91,23 @@ class Batches:
     def augmented(self, random: Augmentation, batchSz: int, rank: int = 0, processes: int = 1) -> Stream:
         """This rank's part of the epoch's batches, cropped and flipped at random; the last batch may be smaller."""
         order, dy, dx, flip = (r.to(self.device) for r in random)
-        for i in self.parts(order, batchSz, rank, processes):
-            yield self.crop(i, dy[i], dx[i], flip[i]), self.labels[i]
+        for i, size in self.parts(order, batchSz, rank, processes):
+            yield self.crop(i, dy[i], dx[i], flip[i]), self.labels[i], size
 
     def plain(self, batchSz: int, order: torch.Tensor | None = None, rank: int = 0, processes: int = 1) -> Stream:
         """This rank's part of the batches in ``order`` (default: the set's), without crop and flip."""
         order = torch.arange(self.n) if order is None else order
-        for i in self.parts(order.to(self.device), batchSz, rank, processes):
+        for i, size in self.parts(order.to(self.device), batchSz, rank, processes):
             zero = torch.zeros_like(i)
-            yield self.crop(i, zero, zero, zero.bool()), self.labels[i]
+            yield self.crop(i, zero, zero, zero.bool()), self.labels[i], size
 
-    def parts(self, order: torch.Tensor, batchSz: int, rank: int, processes: int) -> Iterator[torch.Tensor]:
-        """Indices of this rank's images, batch by batch; a batch without an image for this rank is left out."""
+    def parts(self, order: torch.Tensor, batchSz: int, rank: int,
+              processes: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Batch by batch the indices of this rank's images, and the batch's size over all ranks; a batch without an
+        image for this rank is left out."""
         for i in order.split(batch_sizes(len(order), batchSz, processes)):
             if len(part := i[rank::processes]):
-                yield part
+                yield part, len(i)
 
     def crop(self, i: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """Crops images ``i`` at these offsets, then flips and normalises them -> float32 (B, C, H, W), channels_last.

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from image_set import DataError, ImageSet, reason, shorten
+from lib.image_set import DataError, ImageSet, reason, shorten
 
 
 def load_folder(root: Path, imageSize: int) -> tuple[ImageSet, ImageSet]:

@@ -1,0 +1,115 @@
+"""A training step as one CUDA graph."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from lib.cli import warn
+from lib.device import is_out_of_memory
+
+
+class CaptureFailed(RuntimeError):
+    """The step could not be captured. What CUDA has captured so far cannot be undone: this process cannot go on."""
+
+
+class GraphedStep:
+    """A training step whose thousands of kernels are replayed as one CUDA graph, at the cost of one launch.
+
+    A graph has fixed shapes and a fixed learning rate. So a batch of another size runs eagerly, and a new rate is
+    captured again.
+    """
+
+    def __init__(self, eager: Callable[..., torch.Tensor], net: nn.Module, optimizer: torch.optim.Optimizer,
+                 batch_size: int):
+        """``eager(images, labels, share)`` trains ``net`` with ``optimizer`` and returns loss and error."""
+        self.eager, self.net, self.optimizer, self.batch_size = eager, net, optimizer, batch_size
+        self.rate: float | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.possible = True
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+        whole = len(images) == self.batch_size
+        if whole and self.possible and self.rate != self.optimizer.param_groups[0]["lr"]:
+            self.prepare(images, labels)
+        if not whole or not self.possible:
+            return self.eager(images, labels, share)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.result.clone()
+
+    def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Captures the step with the present rate. If the warm-up fails, steps run eagerly from then on.
+
+        Raises:
+            CaptureFailed: if the capture itself fails.
+        """
+        self.images, self.labels, self.graph = images.clone(), labels.clone(), None
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        problem = ""
+        try:
+            self.warm_up()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            problem = first_line(error)
+        if problem:  # outside the except clause, which would keep the failed step's tensors alive
+            self.possible = False
+            warn(f"no CUDA graph, each operation is launched by itself: {problem}")
+            return
+        try:
+            self.graph = self.capture()
+        except RuntimeError as error:
+            while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again: tell the first
+                error = error.__context__
+            if is_out_of_memory(error):
+                raise error from None
+            raise CaptureFailed(f"the training step cannot be captured as a CUDA graph ({first_line(error)}); start "
+                                "again with --no-graph") from error
+
+    def step(self) -> None:
+        self.result = self.eager(self.images, self.labels, self.batch_size)
+
+    def state(self) -> list[torch.Tensor]:
+        """All tensors that a step changes."""
+        moments = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        return [*self.net.parameters(), *self.net.buffers(), *moments]
+
+    def warm_up(self) -> None:
+        """Three steps before the capture: libraries choose their kernels, the optimizer makes its state. Afterwards all
+        tensors are as they were. State that was not there before is zero, with which SGD, Adam and RMSprop begin."""
+        before = {tensor: tensor.detach().clone() for tensor in self.state()}
+        try:
+            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+                for _ in range(3):
+                    self.on_side_stream()
+        finally:
+            with torch.no_grad():
+                for tensor in self.state():
+                    if tensor in before:
+                        tensor.copy_(before[tensor])
+                    else:
+                        tensor.zero_()
+
+    def on_side_stream(self) -> None:
+        self.stream = self.stream or torch.cuda.Stream()  # always the same one: memory is cached by stream
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                self.step()
+        finally:  # what follows must not overtake it
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """Records a step, without running it."""
+        self.optimizer.zero_grad(set_to_none=True)  # so that the graph's own memory holds the gradients
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step()
+        return graph
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

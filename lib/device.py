@@ -1,0 +1,100 @@
+"""The device that trains, its settings, and what else the last bits of a run depend on."""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from lib.cli import warn
+from lib.distributed import World
+
+
+def choose_device(args: argparse.Namespace, world: World) -> torch.device:
+    """Raises ValueError for a device that does not exist here, or that several ranks cannot share."""
+    gpus = torch.cuda.device_count()  # without touching any
+    if world.size > 1 and args.device in (None, "cuda") and gpus and not args.no_cuda:
+        if gpus < world.local_size:
+            raise ValueError(f"--nproc-per-node {world.local_size} is more than the {gpus} GPUs here; valid is at "
+                             "most that, or any number with --no-cuda")
+        return torch.device("cuda", world.local_rank)
+    if args.device is None:
+        return torch.device("cuda:0" if gpus and not args.no_cuda else "cpu")
+    valid = ["cpu"]
+    if gpus:
+        valid += ["cuda", *(f"cuda:{i}" for i in range(gpus))]
+    if torch.backends.mps.is_available():
+        valid.append("mps")
+    if args.device not in valid:
+        raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
+    if world.size > 1 and args.device != "cpu":
+        raise ValueError(f"--device {args.device} for {world.size} processes; valid are cpu, cuda")
+    return torch.device("cuda:0" if args.device == "cuda" else args.device)
+
+
+def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
+    """-> the device, after --deterministic and --precision have been set. ValueError as choose_device."""
+    device = choose_device(args, world)
+    if args.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"--precision tf32 needs a GPU; valid on {device} are fp32, bf16")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes are few: worth trying all algorithms
+    tf32 = args.precision == "tf32"  # cuDNN's own default is True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
+    else:
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the memory that a step frees, for the next step. The process takes up to a fifth more memory.
+    Otherwise the kernel clears each page before it is used again: a tenth of the time of BC 100-12 on a CPU."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the largest value that glibc itself adjusts to
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def environment(device: torch.device, precision: str, world: World) -> dict[str, Any]:
+    """What a run's last bits depend on, besides its flags."""
+    cuda = device.type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
+            "threads": torch.get_num_threads(), "cpuCapability": torch.backends.cpu.get_cpu_capability(),
+            "precision": precision, "processes": world.size, "python": platform.python_version(),
+            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "numpy": np.__version__,
+            "cudnn": torch.backends.cudnn.version() if cuda else None}
+
+
+def restore_threads(saved: dict[str, Any], world: World) -> None:
+    """Sets the saved run's number of threads, at most the processors that there are: results depend on it."""
+    threads = saved.get("threads")
+    if type(threads) is int and threads > 0 and saved.get("processes") == world.size:
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+
+
+def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> None:
+    """Prints a line for each difference between a run's environment and the present one."""
+    for name, value in now.items():
+        before = saved.get(name)
+        if value == before:
+            continue
+        if name == "processes" and isinstance(before, int) and before > 0 and not args.syncBN:
+            warn(f"{value} processes continue a run of {before}: batch norm now takes its statistics over "
+                 f"{args.batchSz // value} images and not {args.batchSz // before}, so the results will differ by more "
+                 "than rounding")
+        else:
+            warn(f"{name} is {value}, the run had {before}: it continues, but not to the same last bits")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

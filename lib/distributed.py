@@ -1,0 +1,159 @@
+"""The processes (ranks) of one training that torchrun has started, and batch norm over all of them.
+
+Without torchrun there is one rank and no process group. Every rank calls the collective functions at the same point.
+If a rank fails, the others find its connection closed: their collectives raise an error that ``is_peer_failure`` knows.
+"""
+
+import contextlib
+import inspect
+import os
+import secrets
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+
+class World(NamedTuple):
+    rank: int = 0
+    size: int = 1  # ranks
+    local_rank: int = 0  # among the ranks of this machine
+    local_size: int = 1
+
+
+def read_world() -> World:
+    """Raises ValueError for an environment that torchrun does not make."""
+    if "MASTER_ADDR" not in os.environ:  # other programs set RANK and the like, too
+        return World()
+    variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    for name, value in variables.items():
+        if value is None:
+            raise ValueError(f"the environment has MASTER_ADDR={os.environ['MASTER_ADDR']} but no {name}; several "
+                             "processes are started by torchrun, for a single one unset MASTER_ADDR")
+        if not value.isdecimal():
+            raise ValueError(f"the environment has {name}={value}; several processes are started by torchrun")
+    return World(*map(int, variables.values()))
+
+
+def start(world: World) -> None:
+    if world.size == 1:
+        return
+    store = next(dist.rendezvous("env://"))[0]
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=world.rank, world_size=world.size,
+                            store=dist.PrefixStore(agree_on_prefix(store, world), store))
+
+
+def agree_on_prefix(store: dist.Store, world: World) -> str:
+    """A new prefix for this start's keys. After a restart torchrun's store still has the keys of the processes before,
+    and a rank that reads those waits for a dead process (pytorch #135712). Tokens are random, so that stale keys never
+    match."""
+    token = secrets.token_hex(8)
+    store.set(f"hello {world.rank}", token)
+    if world.rank > 0:
+        prefix = store.get(f"answer {token}").decode()  # waits for it
+        store.set(f"{prefix} {world.rank}", "seen")
+        return prefix
+    for rank in range(1, world.size):
+        while not store.check([f"{token} {rank}"]):
+            store.set(f"answer {store.get(f'hello {rank}').decode()}", token)
+            time.sleep(0.01)
+    return token
+
+
+def end() -> None:
+    """Ends the process group, if there is one. Without it a process that fails may end by a signal."""
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the other ranks may be gone
+            dist.destroy_process_group()
+
+
+def broadcast(value: Any, world: World) -> Any:
+    """-> rank 0's value, on every rank. The others' is not looked at."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks. Over gloo, which notices a rank that has failed."""
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def average_gradients(net: nn.Module, world: World) -> nn.Module:
+    """-> ``net``, or around it DDP, which averages the gradients during the backward pass. Each rank normalises by its
+    own batch statistics."""
+    if world.size == 1:
+        return net
+    ddp = nn.parallel.DistributedDataParallel
+    names = inspect.signature(ddp).parameters  # torch 2.15 renamed it
+    no_sync = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 weights: the bytes' order is the same
+    return ddp(net, gradient_as_bucket_view=True, **no_sync)
+
+
+def share_buffers(net: nn.Module, world: World) -> None:
+    """Rank 0's running statistics on all ranks: for evaluation, and for the checkpoint."""
+    if world.size > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def is_peer_failure(error: Exception) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the statistics of all ranks' images, on any device (torch's refuses CPU tensors)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.numel() // x.shape[1]
+        var, mean = (v.double() for v in torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0))
+        sums = torch.cat((mean * n, (var + mean.square()) * n, mean.new_tensor([n])))  # float64: squares lose nothing
+        *sums, m = AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
+        mean, var = sums[0] / m, sums[1] / m - (sums[0] / m).square()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * m / (m - 1)).to(self.running_var.dtype), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        scale, shift = ((v.to(self.weight.dtype)[:, None, None]) for v in (scale, self.bias - mean * scale))
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    @staticmethod
+    def replace_all(net: nn.Module) -> None:
+        """Before an optimizer takes the parameters."""
+        for module in [*net.modules()]:
+            for name, norm in module.named_children():
+                if type(norm) is nn.BatchNorm2d:
+                    new = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
+                    new.load_state_dict(norm.state_dict())
+                    setattr(module, name, new)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over all ranks. Every rank reads it, so its gradient is the sum over all ranks, too."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad.contiguous())

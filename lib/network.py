@@ -1,0 +1,85 @@
+"""The network that train.py's flags describe: building it, its weights, and refusing early what cannot be trained."""
+
+import argparse
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+
+import torch
+import torchvision
+
+import densenet
+from lib import data
+from lib.cli import network_arguments
+from lib.memory import count, total_memory
+
+ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
+
+
+def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
+    """``arguments``: DenseNet's others. ValueError for geometry that no network can have."""
+    if args.arch:
+        return getattr(densenet, args.arch)(dropRate=args.dropRate, **arguments)
+    return densenet.DenseNet(**network_arguments(args), dropRate=args.dropRate, initChannels=args.initChannels,
+                             **arguments)
+
+
+def check_network(args: argparse.Namespace, device: torch.device, nRanks: int) -> None:
+    """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
+    if args.batchSz % nRanks:
+        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {nRanks} processes; valid are multiples of "
+                         f"{nRanks}")
+    with torch.device("meta"):  # sizes alone
+        net = make_net(args)
+    side = (args.imageSize or 32) // (4 if args.arch else 1)
+    # weights, gradients and momentum; the first block's output for a batch, and its gradient
+    needed = 12 * count(net) + 8 * args.batchSz // nRanks * side**2 * net.trans1.bn1.num_features
+    available = total_memory(device)
+    if needed > available:
+        raise ValueError(f"a step of this network with --batchSz {args.batchSz} needs {needed / 1e9:.0f} GB of memory "
+                         f"at least; {device} has {available / 1e9:.0f} GB")
+
+
+def check_images(args: argparse.Namespace, images: torch.Tensor, smallest: int) -> None:
+    """Raises ValueError for images that are too small for the network, or if batch norm gets a single value a channel.
+
+    ``smallest``: the smallest number of images that a rank has in a step.
+    """
+    with torch.device("meta"):  # shapes alone
+        net = make_net(args, inChannels=images.shape[1])
+        try:
+            net(torch.empty(2, *images.shape[1:]))
+        except ValueError as error:
+            raise ValueError(f"--imageSize {args.imageSize}: {error}") from None
+        try:
+            net(torch.empty(smallest, *images.shape[1:]))
+        except ValueError:
+            raise ValueError(f"--batchSz {args.batchSz} for {len(images)} images: the smallest batch gives a process "
+                             "one image with a 1x1 feature map, and batch norm needs at least two values; valid are "
+                             "other batch sizes, or a larger --imageSize") from None
+
+
+def pretrained_weights(arch: str) -> dict[str, torch.Tensor]:
+    """torchvision's, downloaded into torch's cache unless they are there; the SHA-256 in the file's name is checked.
+
+    Raises:
+        ValueError: if they are neither in the cache, and sound, nor can be downloaded.
+    """
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/")[-1])
+    there = file.exists()
+    try:
+        if there:  # torch checks what it downloads, never what is in its cache
+            with open(file, "rb") as content:
+                found, expected = hashlib.file_digest(content, "sha256").hexdigest(), file.stem.rsplit("-")[-1]
+            if not found.startswith(expected):
+                raise ValueError(f"its SHA-256 begins with {found[:len(expected)]}, not {expected}")
+        with data.quiet_download(), contextlib.redirect_stderr(io.StringIO()):  # where torch announces it
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # urllib's, pickle's, zipfile's, torch's
+        reason = " ".join(str(error).split())[:200]
+        if there:
+            raise ValueError(f"--pretrained: {file} is damaged ({reason}); remove it") from None
+        raise ValueError(f"--pretrained: there is no {file}, and its download failed ({reason}); put it there"
+                         ) from None

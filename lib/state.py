@@ -1,0 +1,43 @@
+"""What a run's checkpoints hold besides weights, optimizer and CSVs: at its start, and where it continues."""
+
+import argparse
+from typing import Any
+
+import torch
+
+import densenet
+from lib.device import environment
+from lib.distributed import World, broadcast
+from lib.flags import PER_SESSION
+from lib.layers import PATHS
+from lib.memory import choose_path
+from lib.network import make_net
+from lib.sets import Sets, set_sizes
+
+SAVED = ("scheduleEpochs", "environment", "path", "pathReason", "mean", "std", "epoch", "val", "test", "best",
+         "csvLengths", "csvDigests")  # what a resumed run keeps of its checkpoint
+
+
+def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, world: World) -> dict[str, Any]:
+    """A run before its first epoch: what its checkpoints hold, but for weights and optimizer."""
+    with torch.device("meta"):  # sizes alone
+        net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
+    path = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device)
+    path = broadcast(path, world)  # another rank's memory may differ
+    return {"format": 1, "version": densenet.__version__,
+            "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},
+            "scheduleEpochs": args.nEpochs, "environment": environment(device, args.precision, world),
+            "path": PATHS[path.efficient], "pathReason": path.reason,
+            "mean": sets.mean, "std": sets.std, "classes": sets.train.classes, **set_sizes(sets),
+            "digests": sets.digests, "epoch": 0, "val": None, "test": None, "best": None, "csvLengths": {}}
+
+
+def resumed_state(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """-> the saved state with the present flags
+
+    If a finished run with validation is prolonged, the test at its old end is forgotten: it is tested at its new end.
+    """
+    state = state | {name: saved[name] for name in SAVED if name in saved}
+    if state["valImages"] and state["test"] and state["epoch"] < state["flags"]["nEpochs"]:
+        state |= {"test": None, "csvLengths": state["csvLengths"] | {"test.csv": 0}}
+    return state
