@@ -7,6 +7,7 @@ process dies at, what was saved before stays valid, and ``--resume`` continues t
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -110,8 +111,8 @@ class Run:
             return "is not a file of a run"
         if name in CSVS and not is_log(path):
             return "is not a run's table of epoch,loss,error"
-        if name == ABOUT and self.read_json() is None and path.stat().st_size:
-            return "is not a run's"
+        if name == ABOUT and self.read_json() is None and path.stat().st_size and not (self.path / LATEST).exists():
+            return "is not a run's"  # beside a checkpoint it may be a damaged one, and is written again
         if name in (LATEST, PREVIOUS, BEST):
             try:
                 read_checkpoint(path)
@@ -287,9 +288,11 @@ class Run:
             copy_file(self.path / LATEST, self.path / BEST)
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
+        content = io.BytesIO()  # torch.save into a file hides the error of a full disk, and a signal, behind its own
+        torch.save(state, content)
         latest = self.path / LATEST
         with replacing(latest) as file:
-            torch.save(state, file)
+            file.write(content.getbuffer())
             # not if it is damaged or missing, and not if this is the same epoch, with the test result or other flags
             if self.loaded == LATEST and self.saved_epoch not in (None, state["epoch"]):
                 copy_file(latest, self.path / PREVIOUS)
@@ -333,12 +336,14 @@ def check_csv(path: Path, length: int, digest: str | None, epoch: int) -> None:
     if len(content) < length:
         raise RunError(f"{path} has {len(content)} bytes, but the checkpoint was saved with {length}: rows are lost; "
                        "put the file back, or start again with --overwrite")
+    if not content:
+        return
     if digest:
         same = hashlib.sha256(content).hexdigest() == digest
     else:
         rows = content.count(b"\n") - 1
         whole = rows in (0, 1, epoch) if path.name == "test.csv" else rows % max(epoch, 1) == 0
-        same = not content or (content.endswith(b"\n") and whole)
+        same = content.endswith(b"\n") and whole
     if not same:
         raise RunError(f"{path} was changed after the checkpoint was saved, perhaps by a program that saved it again; "
                        "put the original file back, or start again with --overwrite or another --save")

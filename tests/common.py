@@ -13,6 +13,7 @@ import train
 
 SAMPLE = Path(__file__).resolve().parent / "cifar10-sample"
 RECORD = 3073  # bytes: label and 32x32x3 pixels
+EPOCHS = 4  # of the fixtures' runs
 SMALL = ["--depth", "10", "--growthRate", "4", "--batchSz", "32", "--no-plot"]
 
 
@@ -52,8 +53,39 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
+def without_lock(directory: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(directory).items() if name != ".lock"}
+
+
+def one_line(text: str, start: str = "train.py: error: ") -> str:
+    """The text, which has to be a single line that starts like this."""
+    assert text.startswith(start) and text.count("\n") == 1, text
+    return text
+
+
+def refused(capfd, run: Path, *flags: str, status: int = 2) -> str:
+    """The one line with which train.py refuses these flags, having changed nothing in the run directory."""
+    before = without_lock(run)
+    capfd.readouterr()
+    assert train.main(["--save", str(run), "--no-plot", *flags]) == status
+    assert without_lock(run) == before
+    out, err = capfd.readouterr()
+    assert out == ""
+    return one_line(err)
+
+
+def resume(run: Path, *flags: str) -> int:
+    return train.main(["--resume", "--save", str(run), "--no-plot", *flags])
+
+
+def edit(checkpoint: Path, **changes: Any) -> None:
+    """Changes entries of a checkpoint, or removes those that are None."""
+    content = torch.load(checkpoint, weights_only=True) | changes
+    torch.save({name: value for name, value in content.items() if name not in changes or value is not None}, checkpoint)
+
+
 def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
-    """train.main, to which a signal comes as this call of a function of it begins"""
+    """-> the exit status of train.main, to which a signal comes as this call of a function begins"""
     original, calls = getattr(module, function), []
 
     def counted(*args, **kwargs):

@@ -5,9 +5,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not keep a shared core from working ones
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import shutil
+
 import pytest
 import torch
-from common import SAMPLE, cut_sample
+from common import EPOCHS, SAMPLE, SMALL, cut_sample, stopped_at
+
+import train
 
 
 @pytest.fixture
@@ -28,3 +32,30 @@ def one_thread():
     torch.set_num_threads(1)  # small networks have no work for more
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def flags(images) -> list[str]:
+    """Of a run of EPOCHS epochs with three steps each."""
+    return ["--data", images, *SMALL, "--nEpochs", str(EPOCHS)]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, one_thread, tmp_path_factory):
+    """The uninterrupted run; not to be written to."""
+    save = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*flags, "--save", str(save)]) == 0
+    return save
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def half(flags, one_thread, tmp_path):
+    """A run that SIGTERM stopped in the second step of epoch 3."""
+    assert stopped_at("train_step", 8, [*flags, "--save", str(tmp_path / "run")]) == 143
+    return tmp_path / "run"
