@@ -1,61 +1,156 @@
-"""Reading a folder of images, a subfolder for each class, into memory."""
+"""Reads a folder of images, with a subfolder for each class, into memory."""
 
+import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from lib.image_set import DataError, ImageSet, reason, shorten
+from lib.cli import tell
+from lib.image_set import DataError, ImageSet, normal_form, reason, shorten
+
+# By content. Pillow reads many more: for PostScript it would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+           ".pnm")
+MAX_PIXELS = 178_956_970  # of a picture (Pillow's limit), and of all that are decoded at a time: 4 to 7 bytes each
+NAMED = 5  # broken pictures that a message names
 
 
-def load_folder(root: Path, imageSize: int) -> tuple[ImageSet, ImageSet]:
-    """Images in root/train/<class>/ and root/test/<class>/ (or root/val/), in the order of their names.
+def load_folder(root: Path, imageSize: int, parts: tuple[str, ...]) -> list[ImageSet]:
+    """Images in root/train/<class>/ and root/test/<class>/ or root/val/<class>/, subfolders included, sorted by path.
 
-    One channel if all of them are grayscale, three otherwise. Files of other kinds and hidden ones are ignored.
+    One channel if all of them are grayscale, three otherwise. Hidden files and folders are skipped; how many files of
+    other kinds there are is told on stderr, and so is which of test and val is read if both have classes.
+
+    Args:
+        parts: of "train" and "test", those to read
     """
-    train = root / "train"
-    test = root / "val" if (root / "val").is_dir() and not (root / "test").is_dir() else root / "test"
-    for folder, valid in ((train, "train"), (test, "test or val")):
+    folders = [root / "train" if part == "train" else choose_test_folder(root) for part in parts]
+    for folder, part in zip(folders, parts, strict=True):
         if not folder.is_dir():
+            valid = "train" if part == "train" else "test or val"
             raise DataError(f"{root} has no folder {valid}; valid are {root}/train/<class>/ and {root}/test/<class>/")
-    classes = visible(train, Path.is_dir)
+    class_folders = [find_classes(folder) for folder in folders]
+    classes = sorted(class_folders[0])
     if len(classes) < 2:
-        raise DataError(f"{train} has {len(classes)} class folders ({', '.join(classes)}); valid are two or more")
-    if different := {*classes} ^ {*visible(test, Path.is_dir)}:
-        raise DataError(f"{train} and {test} need the same classes; in only one: {shorten(sorted(different))}")
-    files = [(path, label) for folder in (train, test) for label, name in enumerate(classes)
-             for path in image_files(folder / name)]
+        raise DataError(f"{folders[0]} has {len(classes)} class folders ({', '.join(classes)}); valid are two or more")
+    if different := {*classes} ^ {*class_folders[-1]}:
+        raise DataError(f"{folders[0]} and {folders[-1]} need the same classes; in only one: "
+                        f"{shorten(sorted(different))}")
+    passed_over: Counter[str] = Counter()
+    files, labels, sizes = [], [], []
+    for folder, own in zip(folders, class_folders, strict=True):
+        count_outside(folder, passed_over)
+        found = [find_images(own[name], passed_over) for name in classes]
+        files += [path for paths in found for path in paths]
+        labels += [label for label, paths in enumerate(found) for _ in paths]
+        sizes.append(sum(map(len, found)))
+    if passed_over:
+        counts = [f"{n} {kind}" for kind, n in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))]
+        tell_once(f"passed over in {root}: {shorten(counts)}; images are {', '.join(ENDINGS)} in class folders")
     check_memory(len(files), imageSize)
-    images, labels = decode([path for path, _ in files], imageSize), torch.tensor([label for _, label in files])
-    n = sum(path.is_relative_to(train) for path, _ in files)
-    return ImageSet(images[:n], labels[:n], classes), ImageSet(images[n:], labels[n:], classes)
+    images = decode(files, imageSize)
+    return [ImageSet(*tensors, classes)
+            for tensors in zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True)]
 
 
-def visible(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and wanted(p))
+def tell_once(message: str) -> None:
+    """Under torchrun each rank reads the images; the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(message)
 
 
-def image_files(folder: Path) -> list[Path]:
-    names = visible(folder, lambda path: path.suffix.lower() in IMG_EXTENSIONS
-                    and not path.is_dir() and not path.is_fifo())  # to read a pipe is to wait for ever
-    if not names:
-        raise DataError(f"{folder} has no image; valid endings are {', '.join(IMG_EXTENSIONS)}")
-    return [folder / name for name in names]
+# --- finding the files ------------------------------------------------------------------------------------------
 
+def choose_test_folder(root: Path) -> Path:
+    """root/test, or root/val where test is missing or has no classes, as Kaggle lays data out."""
+    test, val = root / "test", root / "val"
+    if not val.is_dir():
+        return test
+    if not test.is_dir():
+        return val
+    has_classes = {folder: len(find_classes(folder)) >= 2 for folder in (test, val)}
+    if has_classes[test] and has_classes[val]:
+        tell_once(f"the test images are those of {test}; those of {val} are not read")
+    elif has_classes[val]:
+        tell_once(f"the test images are those of {val}, as {test} has no class folders")
+        return val
+    return test
+
+
+def find_classes(folder: Path) -> dict[str, list[Path]]:
+    """{class: its folders}; more than one if their names differ only in Unicode normalisation."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(visible(folder)):
+        if path.is_dir():
+            found.setdefault(normal_form(path.name), []).append(path)
+    return found
+
+
+def visible(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise unreadable(error) from error
+
+
+def unreadable(error: OSError) -> DataError:
+    return DataError(f"{error.filename} cannot be read ({error.strerror})")
+
+
+def find_images(folders: list[Path], passed_over: Counter[str]) -> list[Path]:
+    """All images of a class, sorted by path; other files are counted by ending."""
+    def fail(error: OSError) -> None:
+        raise unreadable(error) from error
+
+    images, seen = [], set()
+    for folder in folders:
+        for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+            real = os.path.realpath(parent)
+            if real in seen:  # a link that leads to a folder above it would be followed without end
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for path in (Path(parent, name) for name in names if not name.startswith(".")):
+                if path.exists() and not path.is_file():
+                    continue  # a pipe would be waited for without end
+                if path.suffix.lower() in ENDINGS:
+                    images.append(path)
+                else:
+                    passed_over[path.suffix.lower() or "without an ending"] += 1
+    if not images:
+        raise DataError(f"{folders[0]} has no image; valid endings are {', '.join(ENDINGS)}")
+    return sorted(images)
+
+
+def count_outside(folder: Path, passed_over: Counter[str]) -> None:
+    """Counts images that lie beside the class folders."""
+    for path in visible(folder):
+        if path.suffix.lower() in ENDINGS and path.is_file():
+            passed_over[f"{path.suffix.lower()} in no class folder"] += 1
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
 
 def check_memory(n: int, imageSize: int) -> None:
-    """Of the whole machine: what is free now does not count the files that the system can drop from its cache."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's, on this machine: each has the images
+    """Raises DataError if n images need more than the machine's whole memory.
+
+    Free memory would not tell: the system gives up its cache of files when memory is needed.
+    """
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of torchrun on this machine: each has all images
     processes = int(processes) if processes.isdecimal() else 1
-    needed = 2 * processes * n * 3 * imageSize ** 2  # decoded, and as Batches has them
+    needed = 2 * processes * n * 3 * imageSize ** 2  # decoded, and the copy in Batches
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise DataError(f"{n} images of {imageSize}x{imageSize} pixels need {needed / 1e9:.1f} GB of memory; this "
@@ -63,28 +158,93 @@ def check_memory(n: int, imageSize: int) -> None:
 
 
 def decode(files: list[Path], imageSize: int) -> torch.Tensor:
-    """-> uint8 (N, C, imageSize, imageSize)"""
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd palettes and sizes: what counts is that it decodes
-    images, gray = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8), True
+    """-> uint8 (N, C, imageSize, imageSize), C 1 if all are grayscale, else 3
+
+    Raises:
+        DataError: if images cannot be decoded; it names the first five and counts the others.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd palettes and sizes, which decode all the same
+    Image.core.set_block_size(2**26)  # above 32 MiB glibc gives memory back; less would stay with each of the threads
+    images, gray, broken = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8), True, []
+
+    def decode_or_refuse(path: Path) -> torch.Tensor | DataError:
+        try:
+            return decode_image(path, imageSize)
+        except DataError as error:
+            return error
+
     with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without Python's lock
-        decoded = pool.map(lambda path: decode_image(path, imageSize), files)
+        decoded = pool.map(decode_or_refuse, files)
         for image, one in zip(images, tqdm(decoded, "decoding", len(files), leave=False, disable=None), strict=True):
-            image.copy_(one)  # a single channel into all three
-            gray &= len(one) == 1
+            if isinstance(one, DataError):
+                broken.append(str(one))
+            else:
+                image.copy_(one)  # a single channel into all three
+                gray &= len(one) == 1
+    if broken:
+        more = [f"and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
+        raise DataError("; ".join(broken[:NAMED] + more))
     return images[:, :1].contiguous() if gray else images
+
+
+class PixelBudget:
+    """Makes threads wait while the pictures that are being decoded have more than ``total`` pixels together."""
+
+    def __init__(self, total: int):
+        self.left = total
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, n: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= n)
+            self.left -= n
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += n
+                self.changed.notify_all()
+
+
+BUDGET = PixelBudget(MAX_PIXELS)
 
 
 def decode_image(path: Path, imageSize: int) -> torch.Tensor:
     """-> uint8 (1 or 3, imageSize, imageSize): upright, the shorter side resized, the middle of the longer one.
 
-    By PIL: torchvision.io's decoders are deprecated (since 0.29), and read no bmp, tiff, ppm or pgm.
+    By PIL: torchvision.io's decoders are deprecated (since 0.29) and do not read BMP, TIFF and PPM.
+
+    Raises:
+        DataError: if it is damaged, too large, or has values that 8 or 16 bits do not hold.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("L" if Image.getmodebase(image.mode) == "L" else "RGB")
-            return pil_to_tensor(ImageOps.fit(image, (imageSize, imageSize), Image.Resampling.BILINEAR))  # antialiased
+        with Image.open(path, formats=FORMATS) as file:  # reads the size alone
+            if file.width * file.height > MAX_PIXELS:  # where someone has lifted Pillow's limit
+                raise Image.DecompressionBombError
+            with BUDGET.take(file.width * file.height):
+                return convert(file, path, imageSize)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large a picture; valid are at most {MAX_PIXELS:,} pixels") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} cannot be decoded (it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})") from error
     except Exception as error:  # PIL's decoders raise SyntaxError, struct.error and others
         raise DataError(f"{path} cannot be decoded ({reason(error)})") from error
+
+
+def convert(image: Image.Image, path: Path, imageSize: int) -> torch.Tensor:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise DataError(f"{path} has pixels of floating point (mode F); valid are whole numbers of 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which PIL's convert() would cut off at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(f"{path} has pixels from {values.min()} to {values.max()} (mode {image.mode}); valid are 0 "
+                            "to 65535")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+    if image.mode != mode:  # or convert() would copy the picture
+        image = image.convert(mode)
+    return pil_to_tensor(ImageOps.fit(image, (imageSize, imageSize), Image.Resampling.BILINEAR))  # antialiased

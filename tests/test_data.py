@@ -346,6 +346,74 @@ def test_svhn_without_scipy_says_how_to_install_it(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- the test images alone --------------------------------------------------------------------------------------
+
+def without_training_images(folder, names):
+    for damage in (lambda path: path.write_bytes(b"broken"), lambda path: path.unlink()):
+        for name in names:
+            damage(folder / name)
+        yield
+
+
+def test_test_images_alone_of_the_binary_versions(tmp_path):
+    _, records = write_binary(tmp_path / "ten")
+    for _ in without_training_images(tmp_path / "ten", BATCHES[:2]):
+        test = data.load_test("cifar10", str(tmp_path / "ten"))
+        assert np.array_equal(test.images.numpy(), records[:, 1:].reshape(-1, 3, 32, 32)) and test.classes == CLASSES
+    _, records = write_cifar100(tmp_path / "hundred")
+    for _ in without_training_images(tmp_path / "hundred", ["train.bin"]):
+        test = data.load_test("cifar100", str(tmp_path / "hundred"))
+        assert test.labels.tolist() == records[:, 1].tolist() and test.classes == FINE
+
+
+@pytest.mark.parametrize("dataset, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_test_images_alone_of_the_python_version(tmp_path, monkeypatch, dataset, reader):
+    folder = tmp_path / reader.base_folder
+    _, records = write_python(folder, monkeypatch, reader)
+    for _ in without_training_images(folder, [name for name, _ in reader.train_list]):
+        test = data.load_test(dataset, str(tmp_path))
+        assert np.array_equal(test.images.numpy(), records[:, 1:].reshape(-1, 3, 32, 32))
+    (folder / reader.test_list[0][0]).write_bytes(b"broken")
+    with pytest.raises(data.DataError, match="is damaged"):
+        data.load_test(dataset, str(tmp_path))
+
+
+def test_test_images_alone_of_svhn(tmp_path):
+    made = write_svhn(tmp_path, {"train": 4, "test": 3})
+    for _ in without_training_images(tmp_path, ["train_32x32.mat"]):
+        test = data.load_test("svhn", str(tmp_path))
+        assert np.array_equal(test.images.numpy(), made["test"][0])
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
+def test_nothing_is_downloaded_where_it_may_not(tmp_path, monkeypatch, dataset):
+    pytest.importorskip("scipy.io")
+    monkeypatch.setattr(CIFAR10, "download", lambda *_: pytest.fail("a download"))
+    monkeypatch.setattr(data, "download_url", lambda *_: pytest.fail("a download"))
+    for load in (data.load, data.load_test):
+        with pytest.raises(data.DataError, match=rf"^no (CIFAR-100?|SVHN) in {tmp_path}/new; put \S+( or \S+)? there$"):
+            load(dataset, str(tmp_path / "new"), may_download=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is no file --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dataset, name", [
+    ("cifar10", "test_batch.bin"), ("cifar10", "cifar-10-batches-py/test_batch"), ("cifar100", "test.bin"),
+    ("cifar100", "fine_label_names.txt"), ("svhn", "test_32x32.mat")])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, monkeypatch, dataset, name, make):
+    if "py/" in name:
+        write_python(tmp_path / "cifar-10-batches-py", monkeypatch)
+    else:
+        {"cifar10": lambda: write_binary(tmp_path / "d"), "cifar100": lambda: write_cifar100(tmp_path / "d"),
+         "svhn": lambda: write_svhn(tmp_path / "d", {"train": 3, "test": 3})}[dataset]()
+    folder = tmp_path if "py/" in name else tmp_path / "d"
+    (folder / name).unlink()
+    make(folder / name)
+    assert f"{folder / name} cannot be read (it is not a regular file)" in refused(dataset, folder)
+
+
 def test_cut_sample_is_read(tmp_path):
     train, test = data.load("cifar10", cut_sample(tmp_path / "d"))
     assert len(train.images) == 80 and len(test.images) == 40

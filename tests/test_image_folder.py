@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torchvision.transforms.functional as vision
 from common import SAMPLE
 from image_helpers import refused
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 import image_folder
@@ -52,6 +55,104 @@ def test_folder_of_mixed_images(tmp_path, photographs):
     assert torch.equal(again.images, train.images)
 
 
+def told(capsys):
+    """-> the one line on stderr, without its beginning"""
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("train.py: ") and err.count("\n") == 1
+    return err.removeprefix("train.py: ").rstrip()
+
+
+def test_images_in_subfolders_of_a_class_are_read(tmp_path, photographs, capsys):
+    flat, deep = write_folder(tmp_path / "flat", photographs), tmp_path / "deep"
+    for path in flat.rglob("*.*"):
+        split, name, file = path.relative_to(flat).parts
+        target = deep / split / name / {"0": "a", "1": "a/b.png/c", "2": "z", "3": ""}[file[0]] / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for hidden in ("train/cat/.trash", "train/cat/a/.git"):
+        (deep / hidden).mkdir()
+        shutil.copy(deep / "train/dog/a/0.png", deep / hidden)
+    (deep / "train/cat/a/loop").symlink_to(deep / "train/cat")  # which leads to itself
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(deep / "train/dog/z/2.png", tmp_path / "elsewhere/9.png")
+    for images, same in zip(data.load("folder", str(deep)), data.load("folder", str(flat)), strict=True):
+        assert images.images.equal(same.images) and images.labels.equal(same.labels)
+    (deep / "train/cat/zz").symlink_to(tmp_path / "elsewhere")
+    train, _ = data.load("folder", str(deep))
+    assert train.labels.tolist() == [0] * 4 + [1] * 3 and train.images[3].equal(train.images[6])
+    assert capsys.readouterr().err == ""
+
+
+def test_jpegs_under_other_endings_are_read(tmp_path, photographs):
+    root = write_folder(tmp_path / "d", photographs)
+    expected, _ = data.load("folder", str(root))
+    for name, new in (("cat/1.JPG", "cat/1.jfif"), ("dog/1.JPG", "dog/1.JPE"), ("cat/2.png", "cat/2.apng")):
+        (root / "train" / name).rename(root / "train" / new)
+    assert data.load("folder", str(root))[0].images.equal(expected.images)
+
+
+def test_what_is_passed_over_is_counted_in_one_line(tmp_path, photographs, capsys, monkeypatch):
+    root = write_folder(tmp_path / "d", photographs)
+    (root / "train/cat/more").mkdir()
+    for name in ("train/cat/a.gif", "train/cat/more/b.GIF", "test/dog/c.gif", "train/dog/d.avif", "train/dog/e.avif",
+                 "test/cat/LICENSE", "train/cat/.hidden.gif", "train/f.txt"):
+        (root / name).write_text("")
+    shutil.copy(root / "train/cat/0.png", root / "train/x.png")
+    os.mkfifo(root / "train/cat/pipe.png")
+    os.mkfifo(root / "train/cat/pipe.gif")
+    (root / "train/cat/device.png").symlink_to("/dev/zero")
+    train, _ = data.load("folder", str(root))
+    assert len(train.images) == 6
+    assert told(capsys) == (f"passed over in {root}: 3 .gif, 2 .avif, 1 .png in no class folder, 1 without an ending; "
+                            f"images are {', '.join(image_folder.ENDINGS)} in class folders")
+    monkeypatch.setenv("RANK", "1")
+    data.load("folder", str(root))
+    assert capsys.readouterr().err == ""
+
+
+def test_kaggles_layout_has_its_classes_in_val(tmp_path, photographs, capsys):
+    root = write_folder(tmp_path / "d", photographs, test="val")
+    for hidden_labels in ("test", "test/unknown"):
+        (root / hidden_labels).mkdir()
+        shutil.copy(root / "train/cat/0.png", root / hidden_labels)
+        train, test = data.load("folder", str(root))
+        assert (len(train.images), len(test.images)) == (6, 2) and test.classes == ["cat", "dog"]
+        assert data.load_test("folder", str(root)).images.equal(test.images)
+        line = f"train.py: the test images are those of {root}/val, as {root}/test has no class folders\n"
+        assert capsys.readouterr().err == line * 2
+    shutil.rmtree(root / "val/dog")
+    shutil.rmtree(root / "val/cat")
+    assert "d/test need the same classes; in only one: cat, dog, unknown" in refused("folder", root)
+
+
+def test_classes_that_differ_only_in_unicode_normalisation_are_one(tmp_path, photographs):
+    root = write_folder(tmp_path / "d", photographs)
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (root / "train/cat").rename(root / "train" / composed)
+    (root / "test/cat").rename(root / "test" / decomposed)
+    for images in data.load("folder", str(root)):
+        assert images.classes == [composed, "dog"]
+    (root / "train" / decomposed).mkdir()
+    (root / "train" / composed / "2.png").rename(root / "train" / decomposed / "2.png")
+    train, test = data.load("folder", str(root))
+    assert train.classes == test.classes == [composed, "dog"] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_test_images_alone(tmp_path, photographs):
+    root = write_folder(tmp_path / "d", photographs)
+    _, expected = data.load("folder", str(root), imageSize=24)
+    for change in (lambda: (root / "train/cat/0.png").write_text("broken"), lambda: shutil.rmtree(root / "train")):
+        change()
+        test = data.load_test("folder", str(root), imageSize=24)
+        assert test.images.equal(expected.images) and test.labels.equal(expected.labels)
+        assert test.classes == expected.classes
+    (root / "test").rename(root / "val")
+    assert data.load_test("folder", str(root), imageSize=24).images.equal(expected.images)
+    shutil.rmtree(root / "val/dog")
+    with pytest.raises(data.DataError, match=r"d/val has 1 class folders \(cat\); valid are two or more"):
+        data.load_test("folder", str(root))
+
+
 def test_folder_keeps_images_that_have_the_size(tmp_path, photographs):
     root = write_folder(tmp_path / "d", photographs)
     train, _ = data.load("folder", str(root))
@@ -88,6 +189,9 @@ def test_all_gray_is_one_channel(tmp_path, photographs):
 def test_kinds_of_image_files(tmp_path, photographs):
     """16 bits, palette, transparency, CMYK, bmp, tiff, and a camera held upright"""
     image = photographs["cat"][0]
+    for name in ("a.jfif", "a.JPE", "a.jpeg"):
+        image.save(tmp_path / name, format="JPEG")
+        assert image_folder.decode_image(tmp_path / name, 32).equal(image_folder.decode_image(tmp_path / "a.jfif", 32))
     deep = (np.asarray(image.convert("L")).astype(np.uint16) << 8) + 5
     saved = {"16.png": Image.fromarray(deep), "palette.png": image.quantize(256), "alpha.png": image.convert("RGBA"),
              "cmyk.jpg": image.convert("CMYK"), "b.bmp": image, "t.tiff": image, "w.webp": image, "p.ppm": image,
@@ -122,6 +226,85 @@ def test_broken_image_is_named(tmp_path, photographs, name, damage):
     assert f"{root / name} cannot be decoded (" in refused("folder", root)
 
 
+@pytest.mark.parametrize("n, more", [(1, ""), (5, ""), (6, "; and 1 more"), (30, "; and 25 more")])
+def test_of_many_broken_images_the_first_five_are_named(tmp_path, photographs, n, more):
+    root = write_folder(tmp_path / "d", photographs)
+    broken = [root / f"train/dog/broken{i:02}.png" for i in range(n)]
+    for path in broken:
+        path.write_text("no image")
+    message = refused("folder", root)
+    said = " cannot be decoded (it is no JPEG, PNG, WEBP, BMP, TIFF or PPM)"
+    assert message == "; ".join(f"{path}{said}" for path in broken[:5]) + more
+
+
+@pytest.mark.parametrize("pillows_limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_too_large_a_picture_is_refused_plainly(tmp_path, monkeypatch, pillows_limit):
+    path = tmp_path / "0.ppm"
+    path.write_bytes(b"P6 20000 10000 255\n")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
+    with pytest.raises(data.DataError) as refusal:
+        image_folder.decode_image(path, 32)
+    assert str(refusal.value) == f"{path} is too large a picture; valid are at most 178,956,970 pixels"
+
+
+@pytest.mark.slow
+def test_large_pictures_are_not_decoded_all_at_once(tmp_path, photographs):
+    """Four of 144 million pixels, by as many threads, fit into 1.2 GB."""
+    root = write_folder(tmp_path / "d", photographs)
+    Image.new("L", (12_000, 12_000)).save(tmp_path / "large.png", compress_level=1)
+    for i in range(4):
+        (root / f"train/dog/large{i}.png").symlink_to(tmp_path / "large.png")
+    code = f"""if True:
+        import resource, sys
+        sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+        import data
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000, used + 1_200_000_000))
+        print(len(data.load("folder", {str(root)!r})[0].images))"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"})
+    assert (ended.stdout, ended.stderr) == ("10\n", "")
+
+
+def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
+    for name in ("gs", "gswin32c", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $0 $@ >> {tmp_path}/started\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    (tmp_path / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
+    with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is no JPEG, PNG"):
+        image_folder.decode_image(tmp_path / "0.png", 32)
+    assert not (tmp_path / "started").exists()
+
+
+def test_other_formats_under_an_images_name_are_refused(tmp_path, photographs):
+    for name in ("GIF", "ICO", "TGA", "PCX", "SGI", "DDS", "ICNS"):
+        photographs["cat"][0].save(tmp_path / "0.png", format=name)
+        with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is no JPEG, PNG"):
+            image_folder.decode_image(tmp_path / "0.png", 32)
+
+
+@pytest.mark.parametrize("pixels, said", [
+    (np.linspace(0, 1, 1024, dtype=np.float32), "has pixels of floating point (mode F); valid are whole numbers"),
+    (np.arange(1024, dtype=np.int32) - 1, "has pixels from -1 to 1022 (mode I); valid are 0 to 65535"),
+    (np.arange(1024, dtype=np.int32) + 65536 - 1023, "has pixels from 64513 to 65536 (mode I); valid are 0 to 65535"),
+    (np.full(1024, -2**31, dtype=np.int32), "has pixels from -2147483648 to -2147483648 (mode I)"),
+])
+def test_values_beyond_16_bits_are_refused_by_mode(tmp_path, photographs, pixels, said):
+    root = write_folder(tmp_path / "d", photographs)
+    path = root / "train/cat/0.tif"
+    Image.fromarray(pixels.reshape(32, 32)).save(path)
+    assert f"{path} {said}" in refused("folder", root)
+
+
+def test_32_bit_pictures_of_16_bit_values_are_read_as_such(tmp_path):
+    values = (np.arange(1024, dtype=np.int32) * 64).reshape(32, 32)  # to 65472
+    for name, kind in (("i.tif", np.int32), ("i16.png", np.uint16), ("i16.tif", np.uint16)):
+        Image.fromarray(values.astype(kind)).save(tmp_path / name)
+        assert np.array_equal(image_folder.decode_image(tmp_path / name, 32)[0].numpy(), values >> 8), name
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda root: (root / "train").rename(root / "training"), "d has no folder train;"),
     (lambda root: (root / "test").rename(root / "testing"), "d has no folder test or val;"),
@@ -139,11 +322,13 @@ def test_folder_that_is_no_data_set(tmp_path, photographs, change, said):
     assert said in refused("folder", root)
 
 
-def test_folder_val_in_the_place_of_test(tmp_path, photographs):
+def test_folder_val_in_the_place_of_test(tmp_path, photographs, capsys):
     root = write_folder(tmp_path / "d", photographs, test="val")
-    assert len(data.load("folder", str(root))[1].images) == 2
+    assert len(data.load("folder", str(root))[1].images) == 2 and capsys.readouterr().err == ""
     write_folder(root, {name: images[::-1] for name, images in photographs.items()})
+    capsys.readouterr()
     _, test = data.load("folder", str(root))  # test goes before val
+    assert told(capsys) == f"the test images are those of {root}/test; those of {root}/val are not read"
     assert torch.equal(test.images[0], image_folder.decode_image(root / "test/cat/3.jpeg", 32))
     assert not torch.equal(test.images[0], image_folder.decode_image(root / "val/cat/3.jpeg", 32))
 
