@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
+from lib import data
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

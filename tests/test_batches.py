@@ -8,8 +8,8 @@ import torch
 import torchvision.transforms.functional as vision
 from image_helpers import CLASSES, noise
 
-import data
-from batches import Batches, dropout_seed, epoch_seed
+from lib import data
+from lib.batches import Batches, dropout_seed, epoch_seed
 
 
 def image_set(images):
@@ -82,10 +82,10 @@ def test_random_numbers_are_private(monkeypatch):
 def test_an_image_has_its_crop_whatever_batch_it_is_in():
     """Hence also whatever process has it: the numbers belong to the image, not to the step."""
     batches, drawn = batches_of(noise(21)), data.draw(21, 1, 1)
-    images, labels = (torch.cat(parts) for parts in zip(*batches.augmented(drawn, 21), strict=True))
+    [(images, labels, _)] = batches.augmented(drawn, 21)
     for size in (1, 4, 20):
         parts = list(batches.augmented(drawn, size))
-        assert [len(labels) for _, labels in parts] == [size] * (21 // size) + [21 % size] * (21 % size > 0)
+        assert [len(labels) for _, labels, _ in parts] == [size] * (21 // size) + [21 % size] * (21 % size > 0)
         assert torch.equal(torch.cat([p[0] for p in parts]), images)
         assert torch.equal(torch.cat([p[1] for p in parts]), labels)
     for rank in range(2):  # every other image of each batch of 4; the last one, of 1, has joined the one before
@@ -112,13 +112,14 @@ def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
                   [list(batches.plain(batchSz, drawn.order, rank, processes)) for rank in range(processes)]):
         if n >= processes:  # or DistributedDataParallel would wait for the process without an image
             assert {len(part) for part in parts} == {len(sizes)}
-            assert [sum(len(labels) for _, labels in step) for step in zip(*parts, strict=True)] == sizes
-        assert all(len(labels) for part in parts for _, labels in part)
-        labels = torch.cat([labels for part in parts for _, labels in part])
+            assert [sum(len(labels) for _, labels, _ in step) for step in zip(*parts, strict=True)] == sizes
+            assert all([size for _, _, size in part] == sizes for part in parts)  # over all ranks
+        assert all(len(labels) for part in parts for _, labels, _ in part)
+        labels = torch.cat([labels for part in parts for _, labels, _ in part])
         assert labels.bincount(minlength=10).equal(batches.labels.bincount(minlength=10)) and len(labels) == n
     seen = torch.cat([images for rank in range(processes)
-                      for images, _ in batches.plain(batchSz, None, rank, processes)])
-    whole = torch.cat([images for images, _ in batches.plain(batchSz)])
+                      for images, _, _ in batches.plain(batchSz, None, rank, processes)])
+    whole = torch.cat([images for images, _, _ in batches.plain(batchSz)])
     assert sorted(map(tuple, seen.flatten(1).tolist())) == sorted(map(tuple, whole.flatten(1).tolist()))
 
 
@@ -163,7 +164,7 @@ def test_mean_border_is_zero_after_normalising(height, width, channels):
                                    torch.tensor([flip] * 2))
                 want = vision.crop(vision.pad(normalised, [4]), 4 + dy, 4 + dx, height, width)
                 assert got.equal(vision.hflip(want) if flip else want)
-    for (a, labels), (b, same) in zip(black.plain(1), by_mean.plain(1), strict=True):  # an evaluation has no border
+    for (a, labels, _), (b, same, _) in zip(black.plain(1), by_mean.plain(1), strict=True):  # no border
         assert a.equal(b) and labels.equal(same)
 
 
@@ -202,7 +203,7 @@ def test_pixels_never_wrap_and_padding_is_black_before_normalising():
 def test_plain_batches_are_the_images_normalised():
     images = noise(5)
     mean, std = data.mean_and_std(images)
-    batch = torch.cat([b for b, _ in batches_of(images, mean, std).plain(2)])
+    batch = torch.cat([b for b, _, _ in batches_of(images, mean, std).plain(2)])
     assert batch.dtype == torch.float32 and batch.shape == (5, 3, 32, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert batch.mean((0, 2, 3)).abs().max() < 1e-5 and (batch.std((0, 2, 3)) - 1).abs().max() < 1e-3

@@ -14,7 +14,7 @@ from common import RECORD, SAMPLE, cut_sample
 from image_helpers import CLASSES, refused
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
-import data
+from lib import data
 
 BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 FINE = [f"fine_{i:02}" for i in range(100)]

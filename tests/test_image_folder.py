@@ -14,8 +14,7 @@ from common import SAMPLE
 from image_helpers import refused
 from PIL import EpsImagePlugin, Image
 
-import data
-import image_folder
+from lib import data, image_folder
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +255,8 @@ def test_large_pictures_are_not_decoded_all_at_once(tmp_path, photographs):
         (root / f"train/dog/large{i}.png").symlink_to(tmp_path / "large.png")
     code = f"""if True:
         import resource, sys
-        sys.path.insert(0, {str(Path(data.__file__).parent)!r})
-        import data
+        sys.path.insert(0, {str(Path(data.__file__).parents[1])!r})
+        from lib import data
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000, used + 1_200_000_000))
         print(len(data.load("folder", {str(root)!r})[0].images))"""

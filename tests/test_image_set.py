@@ -5,8 +5,7 @@ import pytest
 import torch
 from image_helpers import noise
 
-import data
-import image_set
+from lib import data, image_set
 
 
 def numbered(labels, classes):
