@@ -39,9 +39,10 @@ from lib.flags import get_args_parser, parse_args, resumed_args
 from lib.layers import PATHS
 from lib.memory import count
 from lib.network import check_images, check_network, make_net, pretrained_weights
+from lib.image_set import shorten
 from lib.plot_process import Plotter
 from lib.run_directory import Run, RunError
-from lib.sets import Sets, choose, load_on_every_rank
+from lib.sets import Sets, load_on_every_rank
 from lib.signals import Stopped, stopping
 from lib.state import initial_state, resumed_state
 
@@ -375,8 +376,7 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
         saved = get_args_parser().checked(checkpoint.get("flags", {}))
     except ValueError as error:
         raise ValueError(f"{args.evaluate} has flags that this train.py does not take ({error})") from None
-    for name in ("dataset", "data", "classes", "imageSize", "pretrained", "precision", "device", "no_cuda",
-                 "deterministic"):
+    for name in ("dataset", "data", "classes", "imageSize", "precision", "device", "no_cuda", "deterministic"):
         if name not in explicit:
             setattr(args, name, getattr(saved, name))
     if "device" in explicit or "no_cuda" in explicit:
@@ -384,14 +384,12 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
     if "data" not in explicit and not os.path.exists(args.data):
         raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
     device = set_up_device(args, World())
-    test = choose(data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32,
-                                 download="data" in explicit), args)
+    test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, may_download="data" in explicit)
+    test = data.with_channels(data.select_classes(test, args.classes) if args.classes else test,
+                              net.arguments["inChannels"])
     if test.classes != net.classes:
-        raise ValueError(f"--data {args.data} has the classes {data.shorten(test.classes)}, the checkpoint "
-                         f"{data.shorten(net.classes)}")
-    if test.images.shape[1] != net.arguments["inChannels"]:
-        raise ValueError(f"--data {args.data} has images of {test.images.shape[1]} channels, the checkpoint is for "
-                         f"{net.arguments['inChannels']}")
+        raise ValueError(f"--data {args.data} has the classes {shorten(test.classes)}, the checkpoint "
+                         f"{shorten(net.classes)}")
     batches = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
     loss, error, of_classes = evaluate(net.to(device), batches, args, World(), per_class=True)
     say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")

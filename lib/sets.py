@@ -29,7 +29,10 @@ class Sets(NamedTuple):
 def load_sets(args: argparse.Namespace) -> Sets:
     """Raises ValueError for data that are missing, damaged or not enough."""
     train, test = data.load(args.dataset, args.data, extra=args.extra, imageSize=args.imageSize or 32)
-    train, test = (choose(images, args) for images in (train, test))
+    if args.classes:
+        train, test = (data.select_classes(images, args.classes) for images in (train, test))
+    if args.pretrained:  # its first convolution reads three channels
+        train, test = (data.with_channels(images, 3) for images in (train, test))
     val = None
     if args.valSize:
         train, val = data.hold_out(train, args.valSize, args.seed)
@@ -38,15 +41,6 @@ def load_sets(args: argparse.Namespace) -> Sets:
     mean, std = IMAGENET_MEAN_AND_STD if args.pretrained else data.mean_and_std(train.images)
     digests = {name: images and data.digest(images) for name, images in dict(train=train, val=val, test=test).items()}
     return Sets(train, val, test, mean, std, digests)
-
-
-def choose(images: ImageSet, args: argparse.Namespace) -> ImageSet:
-    """The images of --classes; with --pretrained in three channels, which its first convolution reads."""
-    if args.classes:
-        images = data.select_classes(images, args.classes)
-    if args.pretrained:
-        images = images._replace(images=images.images.expand(-1, 3, -1, -1))
-    return images
 
 
 def load_on_every_rank(args: argparse.Namespace, saved: dict[str, Any] | None, world: World) -> Sets:

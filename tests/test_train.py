@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,18 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SAMPLE, SMALL, contents, differences
+from common import SAMPLE, SMALL, contents, differences, edit, one_line
+from PIL import Image
 
-import data
 import densenet
 import train
+from lib import data, memory, sets
+from lib.distributed import World
 
 ROOT = Path(train.__file__).resolve().parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--dataset", "--data", "--growthRate", "--depth", "--reduction", "--dropRate", "--initChannels", "--batchSz",
          "--nEpochs", "--opt", "--lr", "--weightDecay", "--seed", "--save", "--device", "--evaluate", "--efficient",
-         "--classes", "--valSize", "--imageSize", "--arch", "--precision"]
+         "--classes", "--valSize", "--imageSize", "--arch", "--precision", "--border"]
 SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--resume", "--overwrite", "--no-plot",
             "--extra", "--pretrained", "--syncBN", "--no-graph"]
 
@@ -46,16 +49,11 @@ def rows(path):
     return [tuple(map(float, line)) for line in lines]
 
 
-def one_line(text, start="train.py: error: "):
-    assert text.startswith(start) and text.count("\n") == 1 and text.endswith("\n"), text
-    return text
-
-
 # --- schedule ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, first_tenth, first_hundredth", [
     (1, None, None), (2, 2, None), (3, None, None), (10, 6, 9), (50, 26, 39), (90, 46, 69), (300, 151, 226)])
-def test_drops(n, first_tenth, first_hundredth):
+def test_the_rate_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth, first_hundredth):
     if n == 3:  # half of 3 epochs is over before the third: 2 of 3 are done, 1 of 3 is not
         first_tenth = 3
     rates = [train.learning_rate("sgd", 0.1, epoch, n) for epoch in range(1, n + 1)]
@@ -99,10 +97,11 @@ def test_no_flag_is_the_papers_recipe():
     ("sgd", torch.optim.SGD, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, dampening=0)),
     ("adam", torch.optim.Adam, dict(lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.999))),
     ("rmsprop", torch.optim.RMSprop, dict(lr=1e-2, weight_decay=1e-4, momentum=0))])
-def test_optimisers(opt, kind, expected):
+def test_each_optimizer_has_the_papers_settings(opt, kind, expected):
     args, _ = train.parse_args([*SMALL, "--opt", opt])
     images = data.ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ["a", "b"])
-    net, optimizer = train.make_net_and_optimizer(args, images, torch.device("cpu"), None)
+    chosen = sets.Sets(images, None, images, [0.5] * 3, [0.5] * 3, {})
+    net, optimizer = train.make_net_and_optimizer(args, chosen, torch.device("cpu"), World(), {"path": "max"}, None)
     (group,) = optimizer.param_groups
     assert type(optimizer) is kind and expected.items() <= group.items()
     assert len(group["params"]) == len(list(net.parameters()))  # decay and rate are those of all
@@ -132,8 +131,9 @@ NONSENSE = [
     ("--data nowhere/x", "no CIFAR-10 in nowhere/x"), ("--data file", "--data file is not a directory"),
     ("--data ''", "valid is a path"), ("--save ''", "valid is a path"), ("--save 'a\nb'", "valid is a path"),
     ("--save 'a\udcff'", "valid is a path"), ("--save file", "--save file is not a directory"),
-    ("--save file/run", "--save file/run: "), ("--save other", "no run but holds other files (notes.txt)"),
-    ("--save other --overwrite", "notes.txt"), ("--save other --resume", "notes.txt"),
+    ("--save file/run", "--save file/run: "), ("--save foreign", "test.csv is not a run's table"),
+    ("--save foreign --overwrite", "test.csv"), ("--save foreign --resume", "test.csv"),
+    ("--border white", "invalid choice: 'white'"),
     (f"--save {'x' * 300}", "name too long"),
     ("--save dangling", "--save dangling is not a directory"), ("--save /proc/none", "/proc"),
     ("--resume --overwrite", "give one of them"), ("--evaluate none.pth", "none.pth: No such file"),
@@ -151,13 +151,15 @@ def somewhere(tmp_path, monkeypatch, images):
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/test.csv").write_text("id,label\n1,2\n")
     (tmp_path / "dangling").symlink_to("nothing")
     (tmp_path / "images").symlink_to(images)
 
     def no_network(self):
         raise OSError("no network")
 
-    monkeypatch.setattr(train.data.CIFAR10, "download", no_network)
+    monkeypatch.setattr(data.CIFAR10, "download", no_network)
     return tmp_path
 
 
@@ -182,7 +184,7 @@ def test_directories_without_permission(somewhere, capfd):
 
 
 def test_bad_geometry_is_refused_before_a_download(somewhere, capfd, monkeypatch):
-    monkeypatch.setattr(train.data, "load", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("read the data"))
     assert train.main(["--depth", "11"]) == 2
     assert "depth is 11" in one_line(capfd.readouterr().err)
 
@@ -201,7 +203,8 @@ def random_line(draw):
                 "--lr": ["0.1", "1e6", "1e5", "1e-12"], "--weightDecay": ["0", "1e6"], "--seed": ["0", "4294967295"],
                 "--save": ["run", "run", "run/deeper", "other", "file", "new", ".", "images", "foreign"],
                 "--device": ["cpu", "cuda:7"], "--evaluate": ["run/latest.pth", "file", "other"],
-                "--dataset": ["cifar10", "cifar10", "folder"], "--efficient": ["yes", "no", "max"],
+                "--dataset": ["cifar10", "cifar10", "folder"], "--efficient": ["auto", "yes", "no", "max"],
+                "--border": ["black", "mean"],
                 "--classes": ["cat", "dog"], "--valSize": ["0", "10", "79"], "--imageSize": ["32"],
                 "--arch": ["densenet121"], "--precision": ["fp32", "tf32", "bf16"]}
     nonsense = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "x", "0x10", "é", "--", "\n", "\udcff", "\0",
@@ -220,24 +223,24 @@ def random_line(draw):
 def all_but_runs(somewhere, images):
     """What must stay as it is, whatever the command line; it may add run directories."""
     files = contents(somewhere) | {f"images/{name}": content for name, content in contents(Path(images)).items()}
-    return {(name, content) for name, content in files.items() if not name.startswith(("run/", "new/"))}
+    new = ("run/", "new/", "other/.", "other/l", "other/p", "other/r", "other/t")  # a run may begin beside other files
+    return {(name, content) for name, content in files.items() if not name.startswith(new)}
 
 
 def set_up_for_fuzzing(somewhere, images, finished):
     (somewhere / "run").mkdir()
     for name, content in contents(finished).items():
         (somewhere / "run" / name).write_bytes(content)
-    (somewhere / "foreign").mkdir()
     (somewhere / "foreign/train.csv").write_text("id,label\n1,2\n")
     (somewhere / "foreign/latest.pth").write_bytes(b"mine")
     return all_but_runs(somewhere, images)
 
 
-def test_fuzz(somewhere, images, finished, capfd, monkeypatch):
+def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, finished, capfd, monkeypatch):
     """Never a traceback, never a file lost that is not the run's own; 0, 1 (diverged) or 2 and one line on stderr."""
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw, statuses = random.Random(0), []
-    monkeypatch.setattr(train.os, "sysconf", lambda name: 10**5)  # a machine of 10 GB
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 10**5)  # a machine of 10 GB
     for _ in range(400):
         line, files = random_line(draw), set(contents(somewhere / "run"))
         status = train.main(line)  # any exception fails the test
@@ -304,7 +307,50 @@ def test_test_csv_is_what_the_saved_network_gives(finished, images, capsys):
     loss, error = F.nll_loss(output, test.labels).item(), (output.argmax(1) != test.labels).double().mean().item() * 100
     assert rows(finished / "test.csv")[-1] == pytest.approx((3, loss, error), rel=1e-5)
     assert train.main(["--evaluate", str(finished / "latest.pth"), "--data", images]) == 0
-    assert f"test loss {loss:.4f}, error {error:.2f}% of 40 images" in capsys.readouterr().out
+    first, *classes = capsys.readouterr().out.splitlines()
+    assert f"test loss {loss:.4f}, error {error:.2f}% of 40 images" in first
+    wrong = output.argmax(1) != test.labels
+    assert [line.strip() for line in classes] == [
+        f"{name}: {100 * wrong[test.labels == i].double().mean().item():.2f}%" for i, name in enumerate(test.classes)]
+
+
+def test_evaluation_reads_the_test_images_alone(finished, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/data_batch_1.bin").write_bytes(b"damaged")
+    assert train.main(["--evaluate", str(finished / "latest.pth"), "--data", str(tmp_path / "images")]) == 0
+
+
+def test_evaluation_downloads_nothing_to_a_directory_that_was_not_given(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
+    (tmp_path / "empty").mkdir()
+    checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
+    flags = torch.load(checkpoint, weights_only=True)["flags"]
+    edit(checkpoint, flags=flags | {"data": str(tmp_path / "empty")})
+    assert train.main(["--evaluate", str(checkpoint)]) == 2
+    assert "give --data" in one_line(capsys.readouterr().err)
+
+
+def test_evaluation_escapes_what_a_terminal_would_obey(finished, images, tmp_path, capsys):
+    checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
+    edit(checkpoint, classes=["\x1b[2J", *"bcdefghij"])
+    assert train.main(["--evaluate", str(checkpoint), "--data", images]) == 2
+    err = one_line(capsys.readouterr().err)
+    assert "\x1b" not in err and r"\x1b[2J" in err
+
+
+def test_colour_images_for_a_grayscale_network_are_one_line(finished, tmp_path, capsys):
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "gray" / part / name).mkdir(parents=True)
+            Image.new("L", (32, 32)).save(tmp_path / "gray" / part / name / "1.png")
+    flags = ["--dataset", "folder", "--data", str(tmp_path / "gray")]
+    assert train.main([*flags, *SMALL, "--batchSz", "2", "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
+    colour = tmp_path / "colour"
+    shutil.copytree(tmp_path / "gray", colour)
+    Image.new("RGB", (32, 32), "red").save(colour / "test/a/1.png")
+    assert train.main(["--evaluate", str(tmp_path / "run/latest.pth"), "--data", str(colour)]) == 2
+    assert "the images have 3 channels, the network takes 1" in one_line(capsys.readouterr().err)
+    assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
 
 
 def test_every_step_is_a_row_and_the_last_batch_counts(finished):
@@ -377,7 +423,7 @@ def test_out_of_memory_is_one_line(images, tmp_path, monkeypatch, capfd, error):
 
     monkeypatch.setattr(train, "train_step", train_step)
     assert train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")]) == 1
-    assert "--batchSz 32; a new run with a smaller one, or with --efficient max" in one_line(capfd.readouterr().err)
+    assert "a new run with a smaller --batchSz, or with --efficient max" in one_line(capfd.readouterr().err)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(images, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Other data sets, networks, classes and a validation set, from the command line to the files of the run."""
 
+import functools
+import hashlib
 import json
 import random
 import shutil
@@ -13,11 +15,10 @@ import torchvision
 from common import SAMPLE, SMALL, differences, stopped_at
 from PIL import Image
 
-import data
 import densenet
 import plot
-import runs
 import train
+from lib import data, network, run_directory
 
 NOT_OF_A_RUN = [*SMALL, "--nEpochs", "1"]
 
@@ -114,7 +115,7 @@ def test_svhn_is_never_augmented_and_takes_40_epochs(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/run.json").read_text())["trainImages"] == 100
 
 
-def test_classes(sample, tmp_path, capsys):
+def test_a_choice_of_classes_is_the_whole_task(sample, tmp_path, capsys):
     argv = ["--data", sample, *SMALL, "--nEpochs", "2", "--save", str(tmp_path / "run")]
     assert train.main([*argv, "--classes", "dog", "cat"]) == 0
     about = json.loads((tmp_path / "run/run.json").read_text())
@@ -165,8 +166,8 @@ def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monke
 
 
 @pytest.mark.parametrize(("function", "call", "module"), [
-    ("train_epoch", 3, train), ("evaluate", 4, train), ("evaluate", 5, train), ("keep_as", 1, runs),
-    ("keep_as", 3, runs)])
+    ("train_epoch", 3, train), ("evaluate", 4, train), ("evaluate", 5, train),
+    ("copy_file", 1, run_directory), ("copy_file", 3, run_directory), ("copy_file", 4, run_directory)])
 def test_a_stopped_run_with_validation_ends_the_same(flags, validated, tmp_path, function, call, module):
     save = tmp_path / "run"
     assert stopped_at(function, call, [*flags, "--save", str(save)], module=module) == 143
@@ -174,11 +175,9 @@ def test_a_stopped_run_with_validation_ends_the_same(flags, validated, tmp_path,
     assert differences(validated, save) == []
 
 
-def test_best_is_made_again_if_it_was_killed_before_it(flags, validated, tmp_path, monkeypatch):
+def test_best_is_made_again_if_the_run_was_stopped_before_it(flags, validated, tmp_path):
     save = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(runs.Run, "keep_as_best", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
-        raise SystemExit(train.main([*flags, "--save", str(save)]))
+    assert stopped_at("copy_file", 2, [*flags, "--save", str(save)], module=run_directory) == 143  # after previous.pth
     assert (save / "latest.pth").exists() and not (save / "best.pth").exists()
     assert train.main(["--resume", "--save", str(save), "--no-plot"]) == 0
     assert differences(validated, save) == []
@@ -256,8 +255,16 @@ def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, ca
 def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
     theirs = torchvision.models.densenet121()
     (hub / "checkpoints").mkdir(parents=True)
-    torch.save(theirs.state_dict(), hub / "checkpoints/densenet121-a639ec97.pth")
-    seen = []
+    file, seen = hub / "checkpoints/densenet121.pth", []
+    torch.save(theirs.state_dict(), file)
+    named = file.rename(file.with_stem(f"densenet121-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"))
+
+    class Weights:
+        class DEFAULT:
+            url = f"https://example.org/{named.name}"
+            get_state_dict = functools.partial(torch.hub.load_state_dict_from_url, url)
+
+    monkeypatch.setattr(network.torchvision.models, "get_model_weights", lambda arch: Weights)
 
     def step(net, *_):
         seen.append({name: value.clone() for name, value in net.state_dict().items()})
@@ -292,7 +299,7 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
     ("--valSize 1001", "1001"), ("--valSize 1000", "1000"), ("--valSize -1", "'-1'"), ("--valSize 5.5", "'5.5'"),
     ("--valSize 940 --batchSz 64", "--batchSz 64 is more than the 60 training images"),
     ("--classes cat", "cat"), ("--classes cat cat", "cat"), ("--classes", "--classes"),
-    ("--precision tf32 --no-cuda", "--precision tf32 is a GPU's; valid on cpu are fp32, bf16"),
+    ("--precision tf32 --no-cuda", "--precision tf32 needs a GPU; valid on cpu are fp32, bf16"),
     ("--precision fp16", "invalid choice: 'fp16'"),
 ])
 def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
@@ -303,7 +310,7 @@ def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message
 @pytest.mark.parametrize(("flags", "message"), [
     (["--imageSize", "2"], "--imageSize 2: input is 2x2, too small"),
     (["--imageSize", "16", "--arch", "densenet121"], "--imageSize 16: input is 16x16, too small"),
-    (["--imageSize", "4", "--batchSz", "23"], "--batchSz 23 for 300 images leaves a process one image alone"),
+    (["--imageSize", "4", "--batchSz", "23"], "the smallest batch gives a process one image with a 1x1"),
 ])
 def test_images_too_small_for_the_network_are_refused(folder, tmp_path, capsys, flags, message):
     argv = ["--dataset", "folder", "--data", folder, "--save", tmp_path / "run", *flags]
