@@ -21,11 +21,21 @@ from torchvision.datasets.utils import calculate_md5, download_url
 
 from lib.batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
 from lib.image_folder import load_folder
-from lib.image_set import DataError, ImageSet, digest, hold_out, mean_and_std, reason, select_classes, with_channels
+from lib.image_set import (
+    DataError,
+    ImageSet,
+    digest,
+    hold_out,
+    mean_and_std,
+    reason,
+    select_classes,
+    shorten,
+    with_channels,
+)
 
 __all__ = ["BORDERS", "DATASETS", "Augmentation", "Batches", "DataError", "ImageSet", "Stream", "batch_sizes", "digest",
            "draw", "dropout_seed", "epoch_seed", "hold_out", "load", "load_test", "mean_and_std", "select_classes",
-           "with_channels"]
+           "shorten", "with_channels"]
 
 DATASETS = ("cifar10", "cifar100", "svhn", "folder")
 Parts = tuple[str, ...]  # of "train" and "test"
@@ -57,27 +67,27 @@ CIFAR = {
 
 
 def load(dataset: str, root: str, *, extra: bool = False, imageSize: int = 32,
-         may_download: bool = True) -> tuple[ImageSet, ImageSet]:
+         download: bool = True) -> tuple[ImageSet, ImageSet]:
     """Training and test images of one of DATASETS in directory ``root``, the set's own folder or its parent.
 
     Args:
         extra: add SVHN's 531,131 extra images to the training images
         imageSize: height and width in pixels that the images of a folder are resized to
-        may_download: download CIFAR or SVHN into ``root`` if it is not there
+        download: download CIFAR or SVHN into ``root`` if it is not there
 
     Raises:
         DataError: if the data are missing, damaged, too large for the memory, or cannot be downloaded.
     """
-    train, test = load_parts(dataset, root, ("train", "test"), extra, imageSize, may_download)
+    train, test = load_parts(dataset, root, ("train", "test"), extra, imageSize, download)
     return train, test
 
 
-def load_test(dataset: str, root: str, *, imageSize: int = 32, may_download: bool = True) -> ImageSet:
+def load_test(dataset: str, root: str, *, imageSize: int = 32, download: bool = True) -> ImageSet:
     """The test images alone, as ``load`` gives them; no training image is read, and none need be there.
 
     A folder's classes are those of its test folder, and its images have one channel if all test images are grayscale.
     """
-    [test] = load_parts(dataset, root, ("test",), False, imageSize, may_download)
+    [test] = load_parts(dataset, root, ("test",), False, imageSize, download)
     return test
 
 

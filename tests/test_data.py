@@ -392,7 +392,7 @@ def test_nothing_is_downloaded_where_it_may_not(tmp_path, monkeypatch, dataset):
     monkeypatch.setattr(data, "download_url", lambda *_: pytest.fail("a download"))
     for load in (data.load, data.load_test):
         with pytest.raises(data.DataError, match=rf"^no (CIFAR-100?|SVHN) in {tmp_path}/new; put \S+( or \S+)? there$"):
-            load(dataset, str(tmp_path / "new"), may_download=False)
+            load(dataset, str(tmp_path / "new"), download=False)
     assert list(tmp_path.iterdir()) == []
 
 
