@@ -1,28 +1,57 @@
 #!/usr/bin/env python3
 """Draw the learning curves of one run, or compare those of several: ./plot.py RUN [RUN ...]
 
-Reads train.csv, test.csv and, where there is one, val.csv of each run, also while training writes them.
+Reads each run's train.csv, test.csv and, if there is one, val.csv. They may still be growing.
 Writes loss.png, error.png and loss-error.png into the run's directory, or into --out.
+
+This file imports nothing else of the project, so it can be copied anywhere.
 """
 
 import argparse
+import array
+import codecs
 import contextlib
 import io
 import math
 import os
 import secrets
+import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import matplotlib
-import matplotlib.style
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot: no display, no global state, half the start-up time
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+
+
+@contextlib.contextmanager
+def mplbackend_hidden() -> Iterator[None]:
+    """Lets matplotlib be imported whatever the environment variable MPLBACKEND says.
+
+    matplotlib reads the variable once, in its first import, and raises ValueError for a backend that is not installed,
+    such as a notebook's in another environment. Figures are drawn here without any backend. Afterwards the variable is
+    as before, and a program that imports this file still gets the backend that the variable names, if there is one.
+    """
+    is_first_import = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend and is_first_import:
+        with contextlib.suppress(ValueError, RuntimeError):
+            matplotlib.rcParams["backend"] = backend
+
+
+with mplbackend_hidden():
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state, half the start-up time
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
 COLUMNS = ["epoch", "loss", "error"]
 FIGURES = {"loss.png": ["loss"], "error.png": ["error"], "loss-error.png": ["loss", "error"]}
@@ -30,11 +59,13 @@ AXIS_NAME = {"loss": "Cross-entropy loss", "error": "Error"}
 NUMBER = {"loss": "{:#.3g}", "error": "{:.2f}%"}
 TICK = {"loss": "{:g}", "error": "{:g}%"}
 
-FLOOR = {"loss": 1e-4, "error": 0.01}  # the log scale ends here; below it, down to zero, the axis is linear
-DIVERGED = 1e38  # about the largest float32: from here on a value counts as infinite
-MAX_POINTS = 3000  # a line: more cannot be seen at 900 pixels, and costs seconds
+FLOOR = {"loss": 1e-4, "error": 0.01}  # the log scale ends here; from here down to zero the axis is linear
+DIVERGED = 1e38  # about the largest float32: larger values count as infinite
+MAX_POINTS = 3000  # per line: more cannot be seen at 900 pixels, and takes seconds to draw
+MAX_BYTES = 2**28  # per CSV: 10 million rows; 300 epochs of ImageNet with batches of 64 are 6 million
+MAX_EPOCH = 1e9  # matplotlib fails at axis limits near the largest float64
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito: colour-blind-safe
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's colour-blind-safe set
 TRAIN = {"linewidth": 0.9, "alpha": 0.6, "zorder": 2}
 VAL = {"linewidth": 1.1, "linestyle": "--", "zorder": 3}
 TEST = {"linewidth": 1.6, "zorder": 4}
@@ -42,18 +73,22 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "0.9",
     "font.size": 10, "legend.fontsize": 8.5, "legend.title_fontsize": 8.5, "legend.framealpha": 0.9,
-    "text.parse_math": False,  # a label may hold dollar signs
+    "text.parse_math": False,  # labels may contain dollar signs
 }
 
 
 class Run(NamedTuple):
-    label: str
-    train: pd.DataFrame  # its rolling mean
-    val: pd.DataFrame
+    """The logs of one run, each with the columns epoch, loss (cross-entropy) and error (percent)."""
+
+    label: str  # its name in a comparison; empty if it is the only run
+    train: pd.DataFrame  # the mean over an epoch at every row, see rolling_epoch_mean
+    val: pd.DataFrame  # empty without a validation set
     test: pd.DataFrame
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """Raises ValueError for a wrong command line, where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -63,16 +98,43 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path,
                         help="directory with train.csv and test.csv, as train.py writes them")
     parser.add_argument("--out", metavar="DIR", type=Path,
-                        help="where the figures go, made if missing (default: the run's own directory; "
-                             "for several runs the current directory)")
+                        help="directory for the figures, created if it does not exist (default: the run's own "
+                             "directory; for several runs the current directory)")
     parser.add_argument("--labels", metavar="LABEL", nargs="+",
-                        help="one for each RUN, given after them (default: the names of the directories)")
+                        help="names of the runs in the legend, one for each RUN; write them after the RUNs "
+                             "(default: the names of the directories)")
     return parser
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a regular file, or of a symbolic link to one.
+
+    A pipe would block, and a device may have no end.
+
+    Raises:
+        ValueError: if it is no regular file, or is larger than MAX_BYTES.
+        OSError: if it cannot be read.
+    """
+    status = os.stat(path)  # before it is opened: opening a pipe blocks already
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file; give a run whose CSVs are regular files")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{path}: {status.st_size:,} bytes are too large for a log of train.py; valid are at most "
+                         f"{MAX_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read(status.st_size)  # not what is appended meanwhile: the limit holds
+
+
 def read_csv(path: str | os.PathLike) -> pd.DataFrame:
-    """The whole rows of a log, header or not: a last line without its newline may be cut in a number."""
-    text = Path(path).read_bytes()
+    """The rows of a log, with or without the header line, with or without a byte order mark.
+
+    A last line without a newline is left out: training may be writing it, so its last number may be incomplete.
+
+    Raises:
+        ValueError: for a row that is not three numbers, naming the line; and as ``read_bytes``.
+        OSError: if the file cannot be read.
+    """
+    text = read_bytes(path).removeprefix(codecs.BOM_UTF8)  # a spreadsheet puts the mark there when it saves the CSV
     text = text[: text.rfind(b"\n") + 1]
     first, _, rest = text.partition(b"\n")
     has_header = first.strip() == b"epoch,loss,error"
@@ -80,94 +142,118 @@ def read_csv(path: str | os.PathLike) -> pd.DataFrame:
     try:
         frame = pd.read_csv(io.BytesIO(rows), header=None, names=COLUMNS, dtype=np.float64,
                             na_values=["nan"], keep_default_na=False)
-        if rows.count(b",") == 2 * len(frame) and np.isfinite(frame["epoch"]).all():
+        # pandas fills up short rows, hence the count of commas.
+        if rows.count(b",") == 2 * len(frame) and (frame["epoch"].abs() < MAX_EPOCH).all():
             return frame
     except ValueError:
-        pass  # pandas does not say where: the slow reader does
+        pass  # pandas does not always name the line; the slow reader does
     return read_line_by_line(path, rows, first_number=1 + has_header)
 
 
 def read_line_by_line(path: str | os.PathLike, rows: bytes, first_number: int) -> pd.DataFrame:
-    values = []
-    for number, line in enumerate(rows.splitlines(), first_number):
+    """As ``read_csv``, but slower; its ValueError names the file and the line, and quotes the line."""
+    values = array.array("d")  # 24 bytes per row, where a list of tuples would take 150
+    for number, line in enumerate(io.BytesIO(rows), first_number):
         if not line.strip():
             continue
         try:
             epoch, loss, error = map(float, line.split(b","))
-            if not math.isfinite(epoch):
+            if not abs(epoch) < MAX_EPOCH:
                 raise ValueError
         except ValueError:
-            shown = line[:60].decode(errors="replace")
-            raise ValueError(f"{path}, line {number}: {shown!r} is not epoch,loss,error: three numbers, of "
-                             "which loss and error may be nan or inf") from None
-        values.append((epoch, loss, error))
-    return pd.DataFrame(values, columns=COLUMNS, dtype=np.float64)
+            shown = line[:60].rstrip(b"\r\n").decode(errors="replace")
+            raise ValueError(f"{path}, line {number}: {shown!r} is not epoch,loss,error: three numbers; valid epochs "
+                             f"are below {MAX_EPOCH:g}, loss and error may be nan or inf") from None
+        values.extend((epoch, loss, error))
+    return pd.DataFrame(np.array(values).reshape(-1, 3), columns=COLUMNS, dtype=np.float64)
 
 
 def rows_per_epoch(frame: pd.DataFrame) -> int:
-    """How many rows cover one epoch, at least 1: the batches of an epoch, fewer in a thinned log."""
+    """The number of rows in one epoch, at least 1: its batches, or fewer if the log was thinned."""
     epochs = frame["epoch"].to_numpy()
     counts = np.unique(np.floor(epochs), return_counts=True)[1]
-    if len(counts) > 2:  # counted where epochs are whole, so that rounded epoch numbers do no harm
+    if len(counts) > 2:  # there is a complete epoch: its rows are counted, so rounded epoch numbers do no harm
         return int(np.median(counts[1:-1]))
     steps = np.diff(epochs)
     steps = steps[steps > 0]
-    return max(1, round(1 / np.median(steps))) if len(steps) else 1
+    if not len(steps):
+        return 1
+    step = max(float(np.median(steps)), 1 / MAX_BYTES)  # no log has more rows than bytes; 1 / step cannot overflow
+    return max(1, round(1 / step))
+
+
+def is_finite(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+    """True where a loss or an error can be drawn: neither is ever negative; a diverged run's are nan or infinite."""
+    return (values >= 0) & (values < DIVERGED)
 
 
 def rolling_epoch_mean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each row's mean over the epoch that ends there; in the first epoch, over what there is so far."""
-    finite = frame[["loss", "error"]].where(lambda values: values.abs() < DIVERGED)
-    mean = finite.rolling(rows_per_epoch(frame), min_periods=1).mean()
+    """At every row the mean over the epoch that ends there; in the first epoch, over its rows so far."""
+    finite = frame[["loss", "error"]].where(is_finite)
+    window = min(rows_per_epoch(frame), len(frame) + 1)
+    mean = finite.rolling(window, min_periods=1).mean()
     return pd.concat([frame["epoch"], mean], axis=1)
 
 
 def read_run(directory: Path, label: str) -> Run:
+    """Reads what there is of train.csv, val.csv and test.csv.
+
+    Raises:
+        ValueError: if the directory holds no rows, or as ``read_csv``.
+        OSError: if a file cannot be read.
+    """
     if not directory.is_dir():
-        what = "is a file, not a directory" if directory.exists() else "no such directory"
-        raise ValueError(f"{directory}: {what}; give the one in which train.py wrote train.csv and test.csv")
+        problem = "is not a directory" if directory.exists() else "no such directory"
+        raise ValueError(f"{directory}: {problem}; give the directory in which train.py wrote train.csv and test.csv")
     frames = {}
     for name in ("train", "val", "test"):
         with contextlib.suppress(FileNotFoundError):
             frames[name] = read_csv(directory / f"{name}.csv")
     if not frames.keys() & {"train", "test"}:
-        raise ValueError(f"{directory}: holds neither train.csv nor test.csv; one is needed at least")
+        raise ValueError(f"{directory}: contains neither train.csv nor test.csv; at least one of them is needed")
     if all(frame.empty for frame in frames.values()):
         raise ValueError(f"{directory}: no rows yet in {' or '.join(f'{name}.csv' for name in frames)}")
-    nothing = pd.DataFrame(columns=COLUMNS, dtype=np.float64)
-    train, val, test = (frames.get(name, nothing) for name in ("train", "val", "test"))
+    no_rows = pd.DataFrame(columns=COLUMNS, dtype=np.float64)
+    train, val, test = (frames.get(name, no_rows) for name in ("train", "val", "test"))
     return Run(label, rolling_epoch_mean(train), val, test)
 
 
-def readable(name: str | Path) -> str:
-    return os.fsencode(name).decode(errors="replace")  # a directory's name may be no UTF-8
+def printable(text: object) -> str:
+    """The text with backslash escapes for what is not printable, such as control characters that a terminal obeys.
+
+    A name of a directory or a label may come from a stranger, or may not be valid UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def labels_for(runs: list[Path], labels: list[str] | None) -> list[str]:
+    """The name of each run in the legend, at most 32 characters; empty for a single run without ``--labels``."""
     if labels is None:
         labels = [path.resolve().name for path in runs] if len(runs) > 1 else [""]
         if len(set(labels)) < len(labels):
             labels = [str(path) for path in runs]
     if len(labels) != len(runs):
-        raise ValueError(f"--labels: {len(labels)} ({', '.join(labels)}) for {len(runs)} RUN; give as many")
-    labels = [readable(label) for label in labels]
+        raise ValueError(f"--labels: {len(labels)} ({', '.join(labels)}) for {len(runs)} RUN; give one for each")
+    labels = [printable(label) for label in labels]
     return [label if len(label) <= 32 else f"{label[:15]}...{label[-14:]}" for label in labels]
 
 
 def check_out(out: Path) -> None:
-    """Refuse before anything is drawn what could not be written afterwards."""
+    """Raises ValueError, before the figures are drawn, if they could not be written to this directory."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"{existing}: is a file; the figures need a directory, see --out")
+        raise ValueError(f"{existing}: is not a directory; choose another place for the figures with --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{existing}: no permission to write there; choose another place with --out")
 
 
 def summary(frame: pd.DataFrame, column: str) -> str:
+    """The last and the best value for the legend: "final 4.77%, best 4.71% at epoch 2"."""
     if frame.empty:
         return "no rows yet"
-    finite = frame[frame[column].abs() < DIVERGED]
-    final, best = (NUMBER[column].format(value) for value in (frame[column].iloc[-1], finite[column].min()))
+    finite = frame[is_finite(frame[column])]
+    final, best = (f"{value:.3g}" if abs(value) > 1e6 else NUMBER[column].format(value)  # not hundreds of digits
+                   for value in (frame[column].iloc[-1], finite[column].min()))
     if len(frame) == 1:
         return f"{final} at epoch {frame['epoch'].iloc[0]:g}"
     if finite.empty:
@@ -176,7 +262,8 @@ def summary(frame: pd.DataFrame, column: str) -> str:
 
 
 def add_line(axes: Axes, frame: pd.DataFrame, column: str, **style) -> Line2D:
-    frame = frame[frame[column].abs() < DIVERGED]
+    """Draws the finite values, thinned to MAX_POINTS."""
+    frame = frame[is_finite(frame[column])]
     kept = np.linspace(0, len(frame) - 1, min(len(frame), MAX_POINTS)).round().astype(int)
     if len(kept) == 1:  # a line of one point is invisible
         style |= {"marker": "o", "markersize": 4, "clip_on": False}
@@ -184,6 +271,7 @@ def add_line(axes: Axes, frame: pd.DataFrame, column: str, **style) -> Line2D:
 
 
 def ticks_between(bottom: float, top: float) -> list[float]:
+    """Ticks for a log scale: powers of ten over a wide range, with multiples of them over a narrow one."""
     powers = range(math.floor(math.log10(bottom)), math.floor(math.log10(top)) + 1)
 
     def ladder(*steps: int) -> list[float]:
@@ -195,7 +283,7 @@ def ticks_between(bottom: float, top: float) -> list[float]:
 
 
 def scale_y(axes: Axes, values: np.ndarray, column: str) -> None:
-    """A log scale with plain ticks, and with a linear foot down to 0 if there are values near it."""
+    """Sets a log scale with plain numbers at its ticks; if some values are below FLOOR, linear from there to 0."""
     if not len(values):
         axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")
         axes.set_yticks([])
@@ -209,7 +297,7 @@ def scale_y(axes: Axes, values: np.ndarray, column: str) -> None:
     ticks = ticks_between(bottom, top)
     if len(seen) < len(values):
         axes.set_yscale("symlog", linthresh=bottom, linscale=0.4)
-        bottom, ticks = -0.1 * bottom, [0, *ticks]  # a little below 0, for a line along it
+        bottom, ticks = -0.1 * bottom, [0, *ticks]  # a little below 0, so that a line at 0 is seen whole
     else:
         axes.set_yscale("log")
     axes.set_ylim(bottom, top)
@@ -218,7 +306,7 @@ def scale_y(axes: Axes, values: np.ndarray, column: str) -> None:
 
 
 def draw_run(axes: Axes, run: Run, column: str, colour: str) -> list[Line2D]:
-    """Train thin and light, validation dashed, test solid and on top: the last of the lines returned."""
+    """Draws train thin and light, validation dashed, test solid and on top. The test line is returned last."""
     lines = [add_line(axes, frame, column, color=colour, label=label, **style)
              for frame, label, style in ((run.train, "train (mean over an epoch)", TRAIN),
                                          (run.val, f"validation ({summary(run.val, column)})", VAL)) if len(frame)]
@@ -227,6 +315,7 @@ def draw_run(axes: Axes, run: Run, column: str, colour: str) -> list[Line2D]:
 
 
 def draw(axes: Axes, runs: list[Run], column: str) -> None:
+    """Draws the column of all runs over the epochs, with axes and legend."""
     many = len(runs) > len(COLOURS)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs))) if many else COLOURS
     drawn = [draw_run(axes, run, column, colour) for run, colour in zip(runs, colours, strict=False)]
@@ -242,13 +331,14 @@ def draw(axes: Axes, runs: list[Run], column: str) -> None:
     validation = ", dashed: validation" if any(len(run.val) for run in runs) else ""
     legend = axes.legend(handles=[lines[-1] for lines in drawn], frameon=False, alignment="left",
                          title=f"thin: train (mean over an epoch){validation}",
-                         loc="lower left", bbox_to_anchor=(0, 1))  # above: inside, it would hide curves
-    legend.set_in_layout(False)  # or long labels would squeeze the axes; render() keeps room for it
+                         loc="lower left", bbox_to_anchor=(0, 1))  # above the axes: inside, it would hide curves
+    legend.set_in_layout(False)  # otherwise long labels would shrink the axes; render() makes room for it
 
 
 def render(runs: list[Run], columns: list[str]) -> bytes:
-    legend = 0 if len(runs) == 1 else 0.35 + 0.18 * len(runs)  # its height in inches, above the axes
-    with matplotlib.style.context(STYLE, after_reset=True):  # whatever the user's matplotlibrc says
+    """A PNG with one panel for each column, 6 x 4 inches at 150 dpi, and above them the legend of a comparison."""
+    legend = 0 if len(runs) == 1 else 0.35 + 0.18 * len(runs)  # its height in inches
+    with matplotlib.style.context(STYLE, after_reset=True):  # the user's matplotlibrc has no effect
         figure = Figure(figsize=(6 * len(columns), 4 + legend), dpi=150, layout="constrained")
         figure.get_layout_engine().set(rect=(0, 0, 1, 4 / (4 + legend)))
         for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
@@ -263,9 +353,10 @@ def png_of(figure: Figure) -> bytes:
 
 
 def replace_file(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all; a file of that name is kept until then."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:  # unlike tempfile's, with the permissions that the umask gives
+        with open(temporary, "xb") as file:  # with the permissions of the umask; tempfile's would be 0600
             file.write(content)
         os.replace(temporary, path)
     finally:
@@ -273,11 +364,19 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def complain(message: str, status: int) -> int:
-    print("plot.py: error:", " ".join(message.split()), file=sys.stderr)
+    print("plot.py: error:", printable(message), file=sys.stderr)
     return status
 
 
+def print_paths(paths: list[Path]) -> None:
+    """One path per line; what standard output's encoding lacks is escaped, too."""
+    text = "".join(f"{printable(path)}\n" for path in paths)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 refused and nothing written, 1 if a figure could not be drawn or written."""
     try:
         args = get_args_parser().parse_args(argv)
         labels = labels_for(args.runs, args.labels)
@@ -289,13 +388,15 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(error), 2)
     except OSError as error:
         return complain(f"{error.filename}: cannot be read ({error.strerror})", 2)
+    except MemoryError:
+        return complain("there is not enough memory to read and draw these CSVs", 1)
     target = out
     try:
         out.mkdir(parents=True, exist_ok=True)
         for target, png in figures.items():
             replace_file(target, png)
         target = "standard output"
-        print(*map(readable, figures), sep="\n", flush=True)
+        print_paths([*figures])
     except OSError as error:
         return complain(f"{target}: cannot be written ({error.strerror})", 1)
     return 0

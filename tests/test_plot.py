@@ -127,6 +127,36 @@ def test_imports_neither_torch_nor_pyplot():
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=60).returncode == 0
 
 
+BACKENDS = ["module://matplotlib_inline.backend_inline", "nonsense", "svg", ""]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_value_of_mplbackend_matters(tmp_path, backend):
+    run, environment = write_run(tmp_path), os.environ | {"MPLBACKEND": backend}
+    for argument in ("--help", run):
+        result = run_script(argument, env=environment)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_import_leaves_the_environment_as_it_was(backend):
+    code = ("import os, subprocess, sys; before = dict(os.environ); import plot; "
+            "child = [sys.executable, '-c', 'import os; print(repr(os.environ[\"MPLBACKEND\"]))']; "
+            "print(os.environ == before, subprocess.check_output(child, text=True))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": backend},
+                            capture_output=True, text=True, timeout=60)
+    assert (result.stdout.split(), result.stderr) == (["True", repr(backend)], "")
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("", "svg"), ("import matplotlib; matplotlib.use('pdf'); ", "pdf")])
+def test_who_imports_it_keeps_the_backend_that_was_asked_for(setting, expected):
+    code = f"{setting}import plot, matplotlib; print(matplotlib.get_backend())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": "svg"},
+                            capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == [expected]
+
+
 def test_figures_get_the_permissions_of_the_umask(tmp_path):
     run = write_run(tmp_path)
     assert run_script(run, umask=0o027).returncode == 0
@@ -156,6 +186,19 @@ def test_reads_with_and_without_header(tmp_path, header):
     frame = plot.read_csv(tmp_path / "a.csv")
     assert list(frame.columns) == ["epoch", "loss", "error"]
     assert frame.to_numpy().tolist() == [[0, 2.5, 90], [0.5, 1e-3, 0]]
+
+
+@pytest.mark.parametrize("header", [HEADER, "", HEADER.replace("\n", "\r\n")])
+def test_reads_a_csv_with_a_byte_order_mark(tmp_path, capsys, header):
+    (tmp_path / "test.csv").write_text(header + "1,2.5,90\n2,1e-3,0\n", encoding="utf-8-sig")
+    assert plot.read_csv(tmp_path / "test.csv").to_numpy().tolist() == [[1, 2.5, 90], [2, 1e-3, 0]]
+    (tmp_path / "test.csv").write_text(header + "bad\n", encoding="utf-8-sig")
+    assert f"line {2 if header else 1}: 'bad'" in refused(capsys, tmp_path)
+
+
+def test_lines_of_spaces_are_passed_over(tmp_path):
+    (tmp_path / "a.csv").write_text(HEADER + "1,2,90\n  \n\n2,nan,80\n")
+    assert str(plot.read_csv(tmp_path / "a.csv").to_numpy().tolist()) == "[[1.0, 2.0, 90.0], [2.0, nan, 80.0]]"
 
 
 @pytest.mark.parametrize("torn", ["1", "1.5", "1.5,", "1.5,0.", "1.5,0.3,", "1.5,0.3,4", "1.5,0.3,-", "junk"])
@@ -201,6 +244,113 @@ def test_all_rows_of_the_wrong_width_are_refused(tmp_path, capsys):
 def test_short_and_long_row_do_not_make_up_for_each_other(tmp_path, capsys):
     (tmp_path / "test.csv").write_text("1,2,3\n1,2,3,4\n1,2\n")
     assert "line 2: '1,2,3,4'" in refused(capsys, tmp_path)
+
+
+# Files that no run has written
+
+
+def limited(*args):
+    """The script with 3 GB of memory; it takes less than 1 GB for any run."""
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({3 * 2**30},) * 2); import plot; "
+    command = [sys.executable, "-B", "-c", code + "sys.exit(plot.main(sys.argv[1:]))", *args]
+    return subprocess.run(command, cwd=SCRIPT.parent, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "val.csv", "test.csv"])
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_refuses_what_is_no_regular_file(tmp_path, name, kind):
+    run = write_run(tmp_path, val=True)
+    (run / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to("/dev/zero")
+    result = limited(run)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"plot.py: error: {run / name}: not a regular file")
+    assert result.stderr.count("\n") == 1
+    assert names(run) == ["test.csv", "train.csv", "val.csv"]
+
+
+def test_refuses_a_csv_larger_than_any_run_writes(tmp_path):
+    run = write_run(tmp_path)
+    os.truncate(run / "train.csv", 2**40)
+    result = limited(run)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"{run / 'train.csv'}: 1,099,511,627,776 bytes are too large" in result.stderr
+
+
+def test_reads_through_a_symbolic_link(tmp_path):
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    (run / "train.csv").unlink()
+    (run / "train.csv").symlink_to(other / "train.csv")
+    assert plot.main([str(run)]) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+@pytest.mark.parametrize("rows", [
+    ["0,1,2", "5e-324,1,3"],  # 1 / step overflows
+    ["0,1,2", "1e-300,1,3"],  # 1 / step fits no integer type
+    ["0,1,2", "1e-12,1,3", "2e-12,1,2"],
+    ["1e8,1,2", "1e8,1,3"],
+    ["-1e8,1,2", "1e8,1,3"],
+    ["0,-1,-2", "1,nan,nan"],  # a marker far below the axes
+    ["0,1,2", "1,1.7e308,1.7e308"],  # 309 digits in the legend
+])
+def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, name, rows):
+    (tmp_path / name).write_text("\n".join(rows) + "\n")
+    assert plot.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("epoch", ["1e9", "-1e9", "1e20", "1.7e308", "-1.7e308"])
+def test_epochs_that_no_axis_can_show_are_refused(tmp_path, capsys, epoch):
+    (tmp_path / "test.csv").write_text(f"0,1,2\n{epoch},1,2\n0,1,2\n")
+    assert f"line 2: '{epoch},1,2'" in refused(capsys, tmp_path)
+
+
+ESCAPES = "\x1b[31m\x07\x9b2J\u202e"  # colour, bell, clear the screen, write from right to left
+ESCAPED = r"\x1b[31m\x07\x9b2J\u202e"
+
+
+def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsys):
+    run = write_run(tmp_path / f"run{ESCAPES}")
+    assert plot.main([str(run)]) == 0
+    expected = [rf"{tmp_path}/run{ESCAPED}/{name}" for name in ("loss.png", "error.png", "loss-error.png")]
+    assert capsys.readouterr() == ("\n".join([*expected, ""]), "")
+    run = write_run(tmp_path / "two\nlines")
+    assert plot.main([str(run)]) == 0
+    assert capsys.readouterr().out.startswith(rf"{tmp_path}/two\nlines/loss.png" + "\n")
+
+
+def test_what_is_not_printable_is_escaped_in_messages(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    assert f"none{ESCAPED}: no such directory" in refused(capsys, tmp_path / f"none{ESCAPES}")
+    assert f"--labels: 1 (a{ESCAPED})" in refused(capsys, run, run, "--labels", f"a{ESCAPES}")
+    assert f"unrecognized arguments: --a{ESCAPED}" in refused(capsys, run, f"--a{ESCAPES}")
+    (run / f"file{ESCAPES}").touch()
+    assert f"file{ESCAPED}: is not a directory" in refused(capsys, run, "--out", run / f"file{ESCAPES}")
+    (run / "test.csv").write_text(f"1,2,3\n{ESCAPES}\n")
+    assert f"line 2: '{ESCAPED}'" in refused(capsys, run)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's warning would print the character that no font has
+def test_what_is_not_printable_is_escaped_in_the_legend(tmp_path):
+    run = str(write_run(tmp_path / "run"))
+    assert plot.labels_for([Path(run)] * 2, ["\x1b[31mred", "a\nb"]) == [r"\x1b[31mred", r"a\nb"]
+    assert plot.main([run, run, "--out", str(tmp_path), "--labels", "\x1b[31mred", "a\nb"]) == 0
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9"), ("utf-8", "caf\xe9")])
+def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, shown):
+    run = write_run(tmp_path / "caf\xe9")
+    result = subprocess.run([sys.executable, SCRIPT, run], capture_output=True, timeout=60,
+                            env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode().splitlines()[0] == f"{tmp_path}/{shown}/loss.png"
 
 
 # The window and the mean over it
@@ -463,8 +613,8 @@ def test_refuses_what_is_no_run(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("1,2,3\n")
     assert f"{tmp_path / 'none'}: no such directory" in refused(capsys, tmp_path / "none")
-    assert f"{file}: is a file, not a directory" in refused(capsys, file)
-    assert f"{empty}: holds neither train.csv nor test.csv" in refused(capsys, empty)
+    assert f"{file}: is not a directory" in refused(capsys, file)
+    assert f"{empty}: contains neither train.csv nor test.csv" in refused(capsys, empty)
     assert f"{header_only}: no rows yet in train.csv or test.csv" in refused(capsys, header_only)
     assert names(empty) == [] and names(header_only) == ["test.csv", "train.csv"]
 
@@ -486,14 +636,14 @@ def test_refuses_the_wrong_number_of_labels(tmp_path, capsys, labels):
 def test_refuses_an_out_that_is_a_file(tmp_path, capsys):
     run, file = write_run(tmp_path / "run"), tmp_path / "file"
     file.write_text("kept")
-    assert f"{file}: is a file" in refused(capsys, run, "--out", file)
-    assert f"{file}: is a file" in refused(capsys, run, "--out", file / "below")
+    assert f"{file}: is not a directory" in refused(capsys, run, "--out", file)
+    assert f"{file}: is not a directory" in refused(capsys, run, "--out", file / "below")
     assert file.read_text() == "kept"
 
 
 def test_refuses_a_csv_that_is_a_directory(tmp_path, capsys):
     (tmp_path / "train.csv").mkdir()
-    assert f"{tmp_path / 'train.csv'}: cannot be read (Is a directory)" in refused(capsys, tmp_path)
+    assert f"{tmp_path / 'train.csv'}: not a regular file" in refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(("args", "message"), [
