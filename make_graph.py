@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Draw a network: ./make_graph.py --graph {modules,autograd,block} [flags]
+"""Draw a network: ./make_graph.py --graph {modules,autograd,block,reuse} [flags]
 
 modules: its layers, how they connect and what shapes pass. autograd: every operation of its backward pass. Both write
-graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one dense block, as .svg and .png.
+graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one dense block, as .svg and .png. reuse: how
+much each layer of a trained network reads from the layers before it (paper, figure 5), as .svg and .png.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +33,7 @@ from lib.cli import Parser, add_network_flags, fail, network_arguments, number
 from lib.figures import COLOURS
 from lib.files import replace_file
 from lib.layers import operations
+from lib.reuse import draw_reuse, load_network, reuse_maps
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
 DOT_SECONDS = 120  # depth 250 takes 2
@@ -52,11 +55,15 @@ edge [color="#444444", arrowsize=0.5];
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("make_graph.py", __doc__)
     add = parser.add_argument
-    add("--graph", choices=("autograd", "modules", "block"), default="modules", help="default: %(default)s")
+    add("--graph", choices=("autograd", "modules", "block", "reuse"), default="modules", help="default: %(default)s")
     add("--efficient", choices=("no", "yes"), default="no",
         help="autograd only. no: the textbook's operations; yes: the efficient block, one operation (default: no)")
     add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
         help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
+    add("--checkpoint", metavar="FILE",
+        help="reuse only: the trained network, as train.py saves it; the flags of the network may be left out")
+    add("--untrained", action="store_true",
+        help="reuse only: the checkpoint's network at its first weights instead, as a control")
     add("--out", metavar="FILE", default=".",
         help="an existing directory, or the files' path without suffix (default: ./graph-<kind>)")
     add_network_flags(parser.add_argument_group("network (block takes --layers instead of --depth)"), depth=100)
@@ -283,45 +290,71 @@ def draw_block(net: DenseNet) -> Figure:
     return figure
 
 
-def render(net: DenseNet, suffix: str) -> bytes:
+def render(draw: Callable[[], Figure], suffix: str) -> bytes:
     content = io.BytesIO()
     with matplotlib.style.context(STYLE, after_reset=True):
-        draw_block(net).savefig(content, format=suffix, metadata={"Date": None} if suffix == "svg" else {})
+        draw().savefig(content, format=suffix, metadata={"Date": None} if suffix == "svg" else {})
     return content.getvalue()
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
-def write_dot(graph: str, net: DenseNet, stem: Path) -> str:
+def describe(net: DenseNet) -> str:
     a, parameters = net.arguments, sum(p.numel() for p in net.parameters())
     kind = f"DenseNet-{'B' * a['bottleneck']}{'C' * (a['reduction'] < 1)}".rstrip("-")
-    title = f"{kind}, L={a['depth']}, k={a['growthRate']}, {parameters:,} parameters\n{NOTE[graph]}"
+    size = f"L={a['depth']}" if a["depth"] else f"blocks of {', '.join(map(str, a['blockConfig']))} layers"
+    return f"{kind}, {size}, k={a['growthRate']}, {parameters:,} parameters"
+
+
+def write_dot(graph: str, net: DenseNet, stem: Path) -> str:
+    title = f"{describe(net)}\n{NOTE[graph]}"
     statements = autograd_graph(net) if graph == "autograd" else modules_graph(net)
     text = "\n".join([f"{DOT}label={quote(title)};", *statements, "}", ""])
     replace_file(Path(f"{stem}.dot"), text.encode())
     return text
 
 
-def write(graph: str, net: DenseNet, stem: Path) -> None:
+def write_figure(draw: Callable[[], Figure], stem: Path) -> None:
     """Raises RuntimeError, with one line for the user."""
-    draw = partial(render, net) if graph == "block" else partial(run_dot, write_dot(graph, net, stem))
-    if graph != "block" and not shutil.which("dot"):
+    for suffix in ("svg", "png"):
+        replace_file(Path(f"{stem}.{suffix}"), render(draw, suffix))
+
+
+def write_graph(graph: str, net: DenseNet, stem: Path) -> None:
+    """Raises RuntimeError, with one line for the user."""
+    text = write_dot(graph, net, stem)
+    if not shutil.which("dot"):
         print("make_graph.py: Graphviz's dot was not found, so there is no .svg and no .png; install graphviz for them "
               "(with apt, brew or conda)", file=sys.stderr)
         return
     for suffix in ("svg", "png"):
-        replace_file(Path(f"{stem}.{suffix}"), draw(suffix))
+        replace_file(Path(f"{stem}.{suffix}"), run_dot(text, suffix))
+
+
+def prepare(args: argparse.Namespace, explicit: dict[str, object]) -> Callable[[Path], None]:
+    """-> what will write the drawing to a stem. Raises ValueError for flags that make no drawing."""
+    if args.graph == "reuse":
+        net, which = load_network(args.checkpoint, args.untrained, explicit)
+        return partial(write_figure, partial(draw_reuse, reuse_maps(net), f"{describe(net)}, {which}"))
+    if args.checkpoint is not None or args.untrained:
+        flag = "--untrained" if args.untrained else "--checkpoint"
+        raise ValueError(f"{flag} belongs to --graph reuse; --graph {args.graph} draws a network of the other flags")
+    net = make_net(args)
+    if args.graph == "block":
+        return partial(write_figure, partial(draw_block, net))
+    return partial(write_graph, args.graph, net)
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 refused before anything was written, 1 failed later"""
     try:
-        args = get_args_parser().parse_args(argv)
-        stem, net = stem_of(args.out, args.graph), make_net(args)
+        args, explicit = get_args_parser().parse(argv)
+        stem = stem_of(args.out, args.graph + "-untrained" * args.untrained)
+        write = prepare(args, explicit)
     except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the parameters
         return fail(error, 2, "make_graph.py")
     try:
-        write(args.graph, net, stem)
+        write(stem)
     except RuntimeError as error:
         return fail(error, 1, "make_graph.py")
     return 0

@@ -384,7 +384,7 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
     if "data" not in explicit and not os.path.exists(args.data):
         raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
     device = set_up_device(args, World())
-    test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, may_download="data" in explicit)
+    test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, download="data" in explicit)
     test = data.with_channels(data.select_classes(test, args.classes) if args.classes else test,
                               net.arguments["inChannels"])
     if test.classes != net.classes:

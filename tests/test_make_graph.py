@@ -297,5 +297,5 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for flag in ("--graph", "--growthRate", "--depth", "--reduction", "--no-bottleneck", "--efficient", "--layers",
-                 "--out"):
+                 "--checkpoint", "--untrained", "--out"):
         assert flag in text

@@ -321,13 +321,13 @@ def test_evaluation_reads_the_test_images_alone(finished, images, tmp_path, caps
 
 
 def test_evaluation_downloads_nothing_to_a_directory_that_was_not_given(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
+    monkeypatch.setattr(data.CIFAR10, "download", lambda self: pytest.fail("a download"))
     (tmp_path / "empty").mkdir()
     checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
     flags = torch.load(checkpoint, weights_only=True)["flags"]
     edit(checkpoint, flags=flags | {"data": str(tmp_path / "empty")})
     assert train.main(["--evaluate", str(checkpoint)]) == 2
-    assert "give --data" in one_line(capsys.readouterr().err)
+    assert "no CIFAR-10 in" in one_line(capsys.readouterr().err)
 
 
 def test_evaluation_escapes_what_a_terminal_would_obey(finished, images, tmp_path, capsys):
