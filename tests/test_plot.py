@@ -257,9 +257,8 @@ def limited(*args):
                           capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["train.csv", "val.csv", "test.csv"])
-@pytest.mark.parametrize("kind", ["device", "pipe"])
-def test_refuses_what_is_no_regular_file(tmp_path, name, kind):
+@pytest.mark.parametrize(("kind", "name"), [("device", "train.csv"), ("device", "test.csv"), ("pipe", "val.csv")])
+def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
     run = write_run(tmp_path, val=True)
     (run / name).unlink()
     if kind == "pipe":
@@ -289,18 +288,16 @@ def test_reads_through_a_symbolic_link(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
 @pytest.mark.parametrize("rows", [
     ["0,1,2", "5e-324,1,3"],  # 1 / step overflows
     ["0,1,2", "1e-300,1,3"],  # 1 / step fits no integer type
-    ["0,1,2", "1e-12,1,3", "2e-12,1,2"],
-    ["1e8,1,2", "1e8,1,3"],
-    ["-1e8,1,2", "1e8,1,3"],
+    ["-9e8,1,2", "9e8,1,3"],
     ["0,-1,-2", "1,nan,nan"],  # a marker far below the axes
     ["0,1,2", "1,1.7e308,1.7e308"],  # 309 digits in the legend
 ])
-def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, name, rows):
-    (tmp_path / name).write_text("\n".join(rows) + "\n")
+def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, rows):
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
     assert plot.main([str(tmp_path)]) == 0
     assert capsys.readouterr().err == ""
 
