@@ -192,7 +192,7 @@ def torchvision_net(net: DenseNet) -> nn.Module:
     """torchvision's DenseNet, with CIFAR's first convolution and our weights."""
     a, width = net.arguments, net.conv1.out_channels
     blocks = tuple(len(block) for block in parts_of(net, DenseBlock).values())
-    theirs = torchvision.models.DenseNet(a["growthRate"], blocks, width, num_classes=a["nClasses"])
+    theirs = torchvision.models.DenseNet(a["growthRate"], blocks, width, a["bnSize"], num_classes=a["nClasses"])
     theirs.features.conv0 = nn.Conv2d(a["inChannels"], width, kernel_size=3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
         setattr(theirs.features, name, nn.Identity())

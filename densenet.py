@@ -8,15 +8,18 @@ efficient dense block: the same function, trained in less memory and less time; 
 """
 
 import math
+import numbers
 import os
 import pickle
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module as nn_module
@@ -27,9 +30,9 @@ __version__ = "1.1.0"
 class Bottleneck(nn.Module):
     """BN-ReLU-conv 1x1 to 4k channels, BN-ReLU-conv 3x3 to k, concatenated behind the input (paper, section 3)."""
 
-    def __init__(self, nChannels: int, growthRate: int, dropRate: float = 0.0):
+    def __init__(self, nChannels: int, growthRate: int, dropRate: float = 0.0, bnSize: int = 4):
         super().__init__()
-        interChannels = 4 * growthRate
+        interChannels = bnSize * growthRate
         self.bn1 = nn.BatchNorm2d(nChannels)
         self.conv1 = nn.Conv2d(nChannels, interChannels, kernel_size=1, bias=False)
         self.bn2 = nn.BatchNorm2d(interChannels)
@@ -106,6 +109,7 @@ class DenseNet(nn.Module):
         initChannels: channels of the first convolution; None is 2k. The paper's parameter counts of the networks
             without bottleneck (1.0, 7.0 and 27.2 M) are those of 16.
         inChannels: channels of the images.
+        bnSize: the bottleneck's width as a multiple of k; the paper's is 4.
         efficient: the dense block's path in training. True: the exact function with memory linear in depth.
             "max": less memory again, for one 1x1 product more a layer. False: the textbook layers above.
             Evaluation, hooks, ``torch.compile``, export and the like take the textbook layers by themselves.
@@ -120,30 +124,28 @@ class DenseNet(nn.Module):
 
     def __init__(self, growthRate: int = 12, depth: int | None = None, reduction: float = 0.5, nClasses: int = 10,
                  bottleneck: bool = True, *, blockConfig: Sequence[int] | None = None, smallInputs: bool = True,
-                 dropRate: float = 0.0, initChannels: int | None = None, inChannels: int = 3,
+                 dropRate: float = 0.0, initChannels: int | None = None, inChannels: int = 3, bnSize: int = 4,
                  efficient: bool | str = True):
         super().__init__()
         if depth is None and blockConfig is None:
             depth = 100
-        if isinstance(blockConfig, Iterable):
-            blockConfig = [*blockConfig]
         if efficient not in (True, False, "max"):
             raise ValueError(f"efficient is {efficient!r}; valid are True, False and 'max'")
-        self.arguments = dict(
+        self.arguments = checked_arguments(
             growthRate=growthRate, depth=depth, reduction=reduction, nClasses=nClasses, bottleneck=bottleneck,
             blockConfig=blockConfig, smallInputs=smallInputs, dropRate=dropRate, initChannels=initChannels,
-            inChannels=inChannels)
-        check_geometry(**self.arguments)
+            inChannels=inChannels, bnSize=bnSize)
+        (growthRate, depth, reduction, nClasses, bottleneck, blockConfig, smallInputs, dropRate, initChannels,
+         inChannels, bnSize) = self.arguments.values()  # plain numbers
         self.efficient = efficient
 
         layers = blockConfig or [(depth - 4) // (6 if bottleneck else 3)] * 3
         self.nBlocks = len(layers)
-        layer = Bottleneck if bottleneck else SingleLayer
+        layer = partial(Bottleneck, bnSize=bnSize) if bottleneck else SingleLayer
         nChannels = 2 * growthRate if initChannels is None else initChannels
-        if smallInputs:
-            self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=3, padding=1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(inChannels, nChannels, kernel_size=7, stride=2, padding=3, bias=False)
+        window = dict(kernel_size=3, padding=1) if smallInputs else dict(kernel_size=7, stride=2, padding=3)
+        self.conv1 = nn.Conv2d(inChannels, nChannels, bias=False, **window)
+        if not smallInputs:
             self.bn0 = nn.BatchNorm2d(nChannels)
         for b, n in enumerate(layers, 1):
             block = DenseBlock(*(layer(nChannels + i * growthRate, growthRate, dropRate) for i in range(n)))
@@ -166,7 +168,8 @@ class DenseNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.fc(self.features(x))
-        return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        is_symbolic = isinstance(logits, torch.fx.Proxy)  # which has no dtype
+        return F.log_softmax(logits, 1, dtype=None if is_symbolic else torch.promote_types(logits.dtype, torch.float32))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled features (N, C) that the classifier reads. The shapes are those of BC 100-12 on CIFAR."""
@@ -174,39 +177,44 @@ class DenseNet(nn.Module):
         x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
         if not self.arguments["smallInputs"]:
             x = F.max_pool2d(F.relu(self.bn0(x)), kernel_size=3, stride=2, padding=1)
-        *blocks, last = (getattr(self, f"dense{b}") for b in range(1, self.nBlocks + 1))
-        for b, block in enumerate(blocks, 1):
+        for b in range(1, self.nBlocks):
             # b = 1: -> (N, 216, 32, 32) -> (N, 108, 16, 16); b = 2: -> (N, 300, 16, 16) -> (N, 150, 8, 8)
-            x = self._dense_and_transition(block, getattr(self, f"trans{b}"), x)
+            x = self._dense_and_transition(getattr(self, f"dense{b}"), getattr(self, f"trans{b}"), x)
+        last = getattr(self, f"dense{self.nBlocks}")
         if path := self._efficient_path(last, [self.bn1], x):
             return efficient_block(last, self.bn1, x, tuple(x.shape[2:]), path == "max").flatten(1)
         return F.relu(self.bn1(last(x))).mean((2, 3))  # -> (N, 342, 8, 8) -> (N, 342)
 
-    def _dense_and_transition(self, block: DenseBlock, trans: Transition, x: torch.Tensor) -> torch.Tensor:
-        path = self._efficient_path(block, [trans.bn1, trans, trans.conv1], x)
+    def _dense_and_transition(self, block: nn.Module, trans: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        after = [trans.bn1, trans, trans.conv1] if type(trans) is Transition else []
+        path = self._efficient_path(block, after, x)
         if not path:
             return trans(block(x))
-        if trans.dropRate > 0:  # dropout stands between the convolution and the pooling: they cannot change places
-            x = trans.conv1(efficient_block(block, trans.bn1, x, (1, 1), path == "max"))
-            return F.avg_pool2d(dropout(x, trans.dropRate, True), 2)
-        # pool(conv(a)) = conv(pool(a)) for a 1x1 convolution: pooled first, it costs a quarter
-        return trans.conv1(efficient_block(block, trans.bn1, x, (2, 2), path == "max"))
+        # pool(conv(a)) = conv(pool(a)) for a 1x1 convolution: pooled first, it costs a quarter; dropout stands between
+        size = (1, 1) if trans.dropRate > 0 else (2, 2)
+        x = trans.conv1(efficient_block(block, trans.bn1, x, size, path == "max"))
+        return F.avg_pool2d(dropout(x, trans.dropRate, True), 2) if trans.dropRate > 0 else x
 
-    def _efficient_path(self, block: DenseBlock, after: list[nn.Module], x: torch.Tensor) -> str | None:
+    def _efficient_path(self, block: nn.Module, after: list[nn.Module], x: torch.Tensor) -> str | None:
         """"efficient" or "max", or None for the textbook layers; noted in ``block.last_path``."""
         if torch.compiler.is_compiling():
             return None
         path = {True: "efficient", "max": "max", False: None}[self.efficient]
         if path and not can_be_efficient(block, after, x):
             path = None
-        block.last_path = path or "textbook"
+        if isinstance(block, DenseBlock):
+            block.last_path = path or "textbook"
         return path
 
     def _check_input(self, x: torch.Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
-            raise ValueError(f"input has shape {tuple(x.shape)}; valid is (N, {self.conv1.in_channels}, H, W)")
-        least = 2 ** (self.nBlocks - 1)  # a pixel is left after the last transition; the stem rounds up
-        least = least if self.arguments["smallInputs"] else 4 * least - 3
+        stem = self.conv1
+        if type(stem) is not nn.Conv2d or isinstance(x, torch.fx.Proxy):
+            return  # what another stem takes, it knows itself; a symbolic trace has no shapes
+        if x.dim() != 4 or x.shape[1] != stem.in_channels:
+            raise ValueError(f"input has shape {tuple(x.shape)}; valid is (N, {stem.in_channels}, H, W)")
+        least = 2 ** sum(type(module) is Transition for module in self.children())  # a pixel is left after the last
+        pooled = least if self.arguments["smallInputs"] else 2 * least - 1  # pooling and the stem's stride round up
+        least = stem.stride[0] * (pooled - 1) + 1
         if x.shape[2] < least or x.shape[3] < least:
             raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small to be halved that often; valid is "
                              f"{least}x{least} or more")
@@ -257,21 +265,24 @@ def torchvision_name(name: str) -> str:
             "fc": "classifier"}[head] + dot + rest
 
 
-def check_geometry(growthRate: int, depth: int | None, reduction: float, nClasses: int, bottleneck: bool,
-                   blockConfig: Sequence[int] | None, smallInputs: bool, dropRate: float, initChannels: int | None,
-                   inChannels: int) -> None:
-    """Raises a ValueError that names the first value no such network can have, and the nearest valid ones."""
-    sizes = dict(growthRate=growthRate, depth=depth, nClasses=nClasses, initChannels=initChannels,
-                 inChannels=inChannels)
-    for name, value in sizes.items():
-        if value is None and name in ("depth", "initChannels"):
-            continue
-        if not is_count(value):
-            raise ValueError(f"{name} is {value!r}; valid are whole numbers from 1")
+def checked_arguments(**arguments) -> dict[str, Any]:
+    """DenseNet's arguments in plain numbers. Raises ValueError, naming the first impossible one and the valid ones."""
+    a = {name: plain(value) for name, value in arguments.items()}
+    counts = ("growthRate", "depth", "nClasses", "initChannels", "inChannels", "bnSize")
+    for names, kind, is_valid in (
+            (counts, "whole numbers from 1", lambda value: type(value) is int and value > 0),
+            (("bottleneck", "smallInputs"), "True and False", lambda value: isinstance(value, bool)),
+            (("reduction", "dropRate"), "numbers", lambda value: isinstance(value, (int, float)))):
+        for name in names:
+            if not is_valid(a[name]) and not (a[name] is None and name in ("depth", "initChannels")):
+                raise ValueError(f"{name} is {reprlib.repr(a[name])}; valid are {kind}")
+    if isinstance(a["blockConfig"], Iterable):
+        a["blockConfig"] = [*map(plain, a["blockConfig"])]
+    depth, blockConfig, bottleneck = a["depth"], a["blockConfig"], a["bottleneck"]
     if depth is not None and blockConfig is not None:
         raise ValueError(f"depth is {depth} and blockConfig {blockConfig}; valid is one of them")
-    is_list = isinstance(blockConfig, list) and len(blockConfig) > 0
-    if blockConfig is not None and not (is_list and all(map(is_count, blockConfig))):
+    are_counts = isinstance(blockConfig, list) and all(type(n) is int and n > 0 for n in blockConfig)
+    if blockConfig is not None and not (blockConfig and are_counts):
         raise ValueError(f"blockConfig is {blockConfig}; valid are whole numbers from 1, one for each block")
     step = 6 if bottleneck else 3
     if depth is not None and (depth < 4 + step or (depth - 4) % step):
@@ -279,40 +290,30 @@ def check_geometry(growthRate: int, depth: int | None, reduction: float, nClasse
         nearest = f"{below}" if depth < below else f"{below} and {below + step}"
         kind = "with" if bottleneck else "without"
         raise ValueError(f"depth is {depth}; valid {kind} bottleneck is {step}n + 4, nearest {nearest}")
-    for name, value in dict(bottleneck=bottleneck, smallInputs=smallInputs).items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}; valid are True and False")
-    for name, value in dict(reduction=reduction, dropRate=dropRate).items():
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"{name} is {value!r}; valid are numbers")
-    if not 0 < reduction <= 1:
-        raise ValueError(f"reduction is {reduction}; valid is above 0 and at most 1")
-    if not 0 <= dropRate < 1:
-        raise ValueError(f"dropRate is {dropRate}; valid is from 0 to below 1")
+    if not 0 < a["reduction"] <= 1:
+        raise ValueError(f"reduction is {a['reduction']}; valid is above 0 and at most 1")
+    if not 0 <= a["dropRate"] < 1:
+        raise ValueError(f"dropRate is {a['dropRate']}; valid is from 0 to below 1")
+    return a
 
 
-def is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def plain(value: Any) -> Any:
+    """A number of any library's as Python's own int, float or bool; anything else as it is."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy's and torch's scalars
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def densenet121(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 7,978,856 parameters; ``arguments``: DenseNet's others."""
-    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 24, 16), smallInputs=False, **arguments)
+def imagenet(growthRate: int, blockConfig: Sequence[int], nClasses: int = 1000, **arguments) -> DenseNet:
+    """DenseNet-BC for ImageNet (paper, table 1; densenet161: official models); ``arguments``: DenseNet's others."""
+    return DenseNet(growthRate, nClasses=nClasses, blockConfig=blockConfig, smallInputs=False, **arguments)
 
 
-def densenet169(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 14,149,480 parameters; ``arguments``: DenseNet's others."""
-    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 32, 32), smallInputs=False, **arguments)
-
-
-def densenet201(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1), 20,013,928 parameters; ``arguments``: DenseNet's others."""
-    return DenseNet(32, nClasses=nClasses, blockConfig=(6, 12, 48, 32), smallInputs=False, **arguments)
-
-
-def densenet161(nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC, k=48, for ImageNet (official models), 28,681,000 parameters; ``arguments``: DenseNet's others."""
-    return DenseNet(48, nClasses=nClasses, blockConfig=(6, 12, 36, 24), smallInputs=False, **arguments)
+densenet121 = partial(imagenet, 32, (6, 12, 24, 16))  # 7,978,856 parameters
+densenet169 = partial(imagenet, 32, (6, 12, 32, 32))  # 14,149,480
+densenet201 = partial(imagenet, 32, (6, 12, 48, 32))  # 20,013,928
+densenet161 = partial(imagenet, 48, (6, 12, 36, 24))  # 28,681,000
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNet:
@@ -471,9 +472,11 @@ class EfficientBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the efficient dense block can be differentiated only once; for second derivatives "
-                               "(create_graph=True) build the network with efficient=False")
+        batched = torch._C._functorch.is_legacy_batchedtensor(dout) or torch._C._functorch.is_batchedtensor(dout)
+        if torch.is_grad_enabled() or batched:
+            raise RuntimeError("the efficient dense block can be differentiated only once, and for one gradient at a "
+                               "time; for second derivatives (create_graph=True) and batched ones (is_grads_batched, "
+                               "vectorize) build the network with efficient=False")
         with torch.autocast(dout.device.type, enabled=False):
             return EfficientBlock.gradients(ctx.spec, dout, ctx.saved_tensors, ctx.nParameters)
 
@@ -634,34 +637,31 @@ def undrop(dh, p, masks):
 # --- where the efficient block is right: an allow-list -----------------------------------------------------------
 
 def can_be_efficient(block: DenseBlock, after: list[nn.Module], x: torch.Tensor) -> bool:
-    """Whether a block, with the norm ``after[0]`` and what else of ``after`` follows it, is exactly what the efficient
-    block computes: the paper's modules, untouched, in training mode, on a plain tensor, seen by nobody else."""
-    norm, layers = after[0], [*block]
-    if (type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda") or is_transformed()
-            or nn_module._has_any_global_hook() or x.numel() <= x.shape[1] or not layers):
+    """Whether a block, with what follows it (``after``: a norm; with a transition also that and its convolution; empty
+    if it is not ours), is exactly what the efficient block computes: the paper's modules, untouched, in training mode,
+    on a plain tensor, seen by nobody else."""
+    if (type(block) is not DenseBlock or not len(block) or not after or type(x) is not torch.Tensor
+            or x.device.type not in ("cpu", "cuda") or x.numel() <= x.shape[1] or nn_module._has_any_global_hook()
+            # torch.func, forward-mode differentiation and torch.jit.trace see only torch's own operations
+            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+            or torch.jit.is_tracing()):
         return False
-    kind = type(layers[0])
+    norm, layers, kind = after[0], [*block], type(block[0])
     if kind not in (Bottleneck, SingleLayer) or any(type(layer) is not kind for layer in layers):
         return False
     modules = [block, *after]
-    norms, convs = [norm], []
+    norms, convs = [norm], [(conv, 1) for conv in after[2:]]
     for layer in layers:
         modules += layer, *layer.children()
         norms += [layer.bn1, layer.bn2] if kind is Bottleneck else [layer.bn1]
         convs += [(layer.conv1, 1), (layer.conv2, 3)] if kind is Bottleneck else [(layer.conv1, 3)]
-    return (type(block) is DenseBlock and all(untouched(module) for module in modules)
+    return (all(untouched(module) for module in modules)
             and all(plain_norm(n, norm) for n in norms) and all(plain_conv(conv, size) for conv, size in convs)
             and len({layer.dropRate for layer in layers}) == 1
             and all(p.device == x.device and p.dtype == norm.weight.dtype for n in norms for p in n.parameters())
             and all(c.weight.device == x.device and c.weight.dtype == norm.weight.dtype for c, _ in convs)
             and norm.weight.dtype in (torch.float32, torch.float64)
             and x.dtype in (norm.weight.dtype, activation_dtype(x, norm.weight)))
-
-
-def is_transformed() -> bool:
-    """Inside torch.func, forward-mode differentiation or torch.jit.trace, which see only torch's own operations."""
-    return (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-            or torch.jit.is_tracing())
 
 
 def activation_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
@@ -672,7 +672,8 @@ def activation_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
 
 def untouched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return module.training and not any(hooks) and "forward" not in vars(module)
+    return (module.training and not any(hooks) and "forward" not in vars(module)
+            and module._compiled_call_impl is None)
 
 
 def plain_norm(norm: nn.Module, like: nn.BatchNorm2d) -> bool:

@@ -385,3 +385,9 @@ def test_help_tells_what_can_be_compared_and_the_faults(capsys):
 
 def test_torchvision_here_is_the_package_not_a_copy():
     assert isinstance(compare_grads.torchvision_net(DenseNet(4, 10)), torchvision.models.DenseNet)
+
+
+def test_torchvision_s_network_has_the_bottleneck_s_width():
+    net = DenseNet(growthRate=4, depth=16, bnSize=2, efficient=False).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(x), compare_grads.torchvision_net(net).eval()(x).log_softmax(1))

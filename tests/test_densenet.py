@@ -4,12 +4,15 @@ import copy
 import io
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet
 from densenet import DenseNet
@@ -30,16 +33,19 @@ def test_parameter_counts_of_the_paper(arguments, parameters):
         assert sum(p.numel() for p in DenseNet(**arguments).parameters()) == parameters
 
 
-def test_parameter_count_by_layer_arithmetic():
+@pytest.mark.parametrize("bnSize", [1, 4, 6])
+def test_parameter_count_by_layer_arithmetic(bnSize):
     k, c, total = 12, 24, 3 * 24 * 9
     for block in range(3):
         for _ in range(16):
-            total += 2 * c + c * 4 * k + 2 * 4 * k + 4 * k * k * 9
+            total += 2 * c + c * bnSize * k + 2 * bnSize * k + bnSize * k * k * 9
             c += k
         if block < 2:
             total += 2 * c + c * (c // 2)
             c //= 2
-    assert sum(p.numel() for p in DenseNet().parameters()) == total + 2 * c + c * 10 + 10
+    net = DenseNet(bnSize=bnSize)
+    assert net.arguments["bnSize"] == bnSize
+    assert sum(p.numel() for p in net.parameters()) == total + 2 * c + c * 10 + 10
 
 
 def test_state_dict_keys_and_call_of_the_ancestor():
@@ -206,6 +212,10 @@ def test_dropout_stands_after_every_convolution_but_the_first(monkeypatch):
     (dict(nClasses=0), "nClasses is 0"),
     (dict(initChannels=0), "initChannels is 0"),
     (dict(inChannels=0), "inChannels is 0"),
+    (dict(bnSize=0), "bnSize is 0; valid are whole numbers from 1"),
+    (dict(nClasses=np.True_), "nClasses is True"), (dict(nClasses=np.float32(3)), "nClasses is 3.0"),
+    (dict(blockConfig=np.array([2, 0])), "blockConfig is [2, 0]"), (dict(blockConfig=np.array(5)), "blockConfig is 5"),
+    (dict(depth=torch.tensor(101)), "depth is 101; valid"), (dict(dropRate=np.float64(1)), "dropRate is 1.0"),
     (dict(dropRate=1), "dropRate is 1; valid is from 0 to below 1"),
     (dict(dropRate=-0.1), "dropRate is -0.1"),
     (dict(efficient="min"), "efficient is 'min'; valid are True, False and 'max'"),
@@ -214,6 +224,23 @@ def test_impossible_geometry_is_refused_with_the_valid_values(arguments, message
     with pytest.raises(ValueError) as error:
         DenseNet(**arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(nClasses=np.array([3, 6]).max() + 1, growthRate=np.uint8(4), blockConfig=np.array([1, 2])),
+    dict(nClasses=torch.tensor([3, 6]).max() + 1, growthRate=torch.tensor(4), blockConfig=torch.tensor([1, 2])),
+    dict(nClasses=np.array(7), growthRate=4, blockConfig=(np.int16(1), 2), initChannels=np.int64(8), bnSize=np.int8(4)),
+    dict(nClasses=7, growthRate=4, blockConfig=[1, 2], reduction=np.float32(0.5), dropRate=np.float64(0)),
+    dict(nClasses=7, growthRate=4, blockConfig=[1, 2], reduction=Fraction(1, 2), smallInputs=np.True_),
+])
+def test_numbers_of_any_library_are_kept_as_python_s(arguments):
+    net = DenseNet(**arguments)
+    expected = dict(nClasses=7, growthRate=4, blockConfig=[1, 2], reduction=0.5, dropRate=0, smallInputs=True)
+    for name, value in net.arguments.items():
+        assert name not in expected or value == expected[name]
+        assert {type(v) for v in (value if isinstance(value, list) else [value])} <= {int, float, bool, type(None)}
+    assert type(net.conv1.out_channels) is type(net.dense2[1].conv1.out_channels) is type(net.fc.out_features) is int
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(("shape", "message"), [
@@ -337,3 +364,111 @@ def test_load_refuses_what_is_no_checkpoint(small, tmp_path):
         path.write_bytes(content.getvalue()[:cut])
         with pytest.raises(ValueError, match="damaged"):
             densenet.load(path)
+
+
+# --- with parts that are not ours -------------------------------------------------------------------------------
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["conv1", "dense1", "dense3", "trans1", "bn1", "fc", "dense2.0", "trans2.conv1"])
+@pytest.mark.parametrize("wrap", [Wrapper, compiled, nn.DataParallel, nn.Sequential])
+def test_a_wrapped_part_computes_what_it_did(wrap, name, training, small):
+    reference, x = copy.deepcopy(small).train(training), torch.randn(2, 3, 16, 16)
+    parent, _, child = name.rpartition(".")
+    parent = small.get_submodule(parent)
+    setattr(parent, child, wrap(getattr(parent, child)))
+    small.train(training)
+    out, expected = small(x), reference(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    textbook = {"trans1": "dense1", "trans2.conv1": "dense2", "bn1": "dense3"}.get(name, name.partition(".")[0])
+    for block in ("dense1", "dense2", "dense3"):
+        if block != name:
+            path = "textbook" if block == textbook or not training else "efficient"
+            assert getattr(small, block).last_path == path
+    if training:
+        for a, b in zip(small.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_compiled_in_place_runs_compiled(small):
+    expected, x = copy.deepcopy(small), torch.randn(2, 3, 16, 16)
+    graphs = []
+    torch.compiler.reset()
+    small.dense1.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(small(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert graphs and small.dense2.last_path == "efficient"
+
+
+def test_a_transition_s_own_convolution_is_not_moved_behind_the_pooling(small):
+    """As a 1x1 convolution is: with a neighbourhood, pooling first would be another function."""
+    small.trans1.conv1 = nn.Conv2d(small.trans1.conv1.in_channels, small.trans1.conv1.out_channels, 3, padding=1)
+    textbook, x = copy.deepcopy(small), torch.randn(2, 3, 16, 16)
+    textbook.efficient = False
+    torch.testing.assert_close(small(x), textbook(x), rtol=1e-4, atol=1e-5)
+    assert small.dense1.last_path == "textbook" and small.dense2.last_path == "efficient"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_other_stems_and_transitions_take_what_they_take(training, small):
+    small.conv1 = nn.Sequential(nn.Conv2d(1, 3, 1), small.conv1)
+    small.trans1 = nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1))  # without pooling
+    small.trans2 = nn.BatchNorm2d(10)
+    small.dense3 = nn.Conv2d(10, 9, 1)
+    small.train(training)
+    assert small(torch.randn(8, 1, 2, 2)).shape == (8, 10)
+    net = DenseNet(4, blockConfig=(1, 1, 1), smallInputs=False).train(training)
+    net.conv1 = nn.Conv2d(1, 8, 3, padding=1)  # without stride: half the size is enough
+    assert net(torch.randn(8, 1, 7, 7)).shape == (8, 10)
+    with pytest.raises(ValueError, match=r"valid is \(N, 1, H, W\)"):
+        net(torch.randn(8, 3, 7, 7))
+    with pytest.raises(ValueError, match="valid is 7x7 or more"):
+        net(torch.randn(8, 1, 7, 6))
+
+
+# --- in other people's tools ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("smallInputs", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_traces_and_feature_extractors(training, smallInputs):
+    net = DenseNet(4, blockConfig=(1, 2), dropRate=0.0, smallInputs=smallInputs).train(training)
+    x = torch.randn(2, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(net))
+    nodes = {"dense1": "first", "trans1": "half", "bn1": "last", "fc": "logits"}
+    extractor = create_feature_extractor(copy.deepcopy(net), nodes)
+    expected = net(x)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    found = extractor.train(training)(x)
+    side = 32 if smallInputs else 8
+    assert [tuple(found[name].shape[1:]) for name in ("first", "half", "last")] == \
+        [(12, side, side), (6, side // 2, side // 2), (14, side // 2, side // 2)]
+    torch.testing.assert_close(F.log_softmax(found["logits"], 1), expected, rtol=1e-4, atol=1e-5)
+    found["logits"].sum().backward()
+    assert net(x).requires_grad and net.dense1.last_path == ("efficient" if training else "textbook")
+
+
+def test_batched_gradients_are_refused_or_right():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    net = DenseNet(growthRate=2, depth=10, nClasses=2)
+    out, many = net(x), torch.eye(4).view(4, 2, 2)
+    for batched in (lambda: torch.autograd.grad(out, x, many, is_grads_batched=True, retain_graph=True),
+                    lambda: torch.autograd.functional.jacobian(net, x.detach(), vectorize=True),
+                    lambda: torch.func.vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True))(many)):
+        with pytest.raises(RuntimeError, match="build the network with efficient=False"):
+            batched()
+    one_by_one = torch.stack([torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in many])
+    net.efficient = False
+    together, = torch.autograd.grad(net(x), x, many, is_grads_batched=True)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-3, atol=1e-5)
