@@ -222,26 +222,34 @@ class DenseNet(nn.Module):
     def load_torchvision(self, state_dict: Mapping[str, torch.Tensor], classifier: bool = True) -> None:
         """Takes the weights and running statistics of torchvision's network of the same shape, of any version.
 
-        ``classifier=False`` leaves ``fc`` as it is, for other classes.
+        They may stand under ``state_dict`` or ``model``, and their names behind a prefix that all share (``module.``).
+        ``classifier=False`` leaves ``fc`` as it is, for other classes, and theirs aside.
 
         Raises:
             ValueError: naming the first entry that is missing, unknown or of another shape; nothing is changed then.
         """
+        for key in ("state_dict", "model"):
+            if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
+                state_dict = state_dict[key]
         if not (isinstance(state_dict, Mapping) and all(torch.is_tensor(value) for value in state_dict.values())):
             raise ValueError(f"the state dict is a {type(state_dict).__name__}; valid is a dict of names and tensors")
-        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key)): value for key, value in state_dict.items()}
+        shared = os.path.commonprefix([*map(str, state_dict)])  # noqa: RUF071 (these are no paths)
+        start = shared.partition("features.")[0].rfind(".") + 1
+        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key)[start:]): value
+                  for key, value in state_dict.items()}
+        theirs = {k: v for k, v in theirs.items() if classifier or not k.startswith(("classifier.", "fc."))}
         taken = {}
         for name, value in self.state_dict().items():
-            found = theirs.pop(key := torchvision_name(name), None)
             if name.startswith("fc.") and not classifier:
                 continue
-            if found is None and name.endswith("num_batches_tracked"):  # which older files lack
+            key = torchvision_name(name)
+            if key not in theirs and name.endswith("num_batches_tracked"):  # which older files lack
                 continue
-            if found is None:
+            if key not in theirs:
                 raise ValueError(f"the state dict has no {key}, which {name} would take: it is another network's")
+            taken[name] = found = theirs.pop(key)
             if found.shape != value.shape:
                 raise ValueError(f"{key} has shape {tuple(found.shape)}; valid for {name} is {tuple(value.shape)}")
-            taken[name] = found
         if theirs:
             raise ValueError(f"the state dict has {next(iter(theirs))}, which this network has not")
         self.load_state_dict(taken, strict=False)
@@ -253,16 +261,15 @@ class DenseNet(nn.Module):
 
 def torchvision_name(name: str) -> str:
     """torchvision's name for a module, parameter or buffer of ours: dense1.0.bn1 is
-    features.denseblock1.denselayer1.norm1."""
+    features.denseblock1.denselayer1.norm1. What is not ours keeps its name."""
+    name = name.replace("_orig_mod.", "")  # torch.compile's
     if match := re.fullmatch(r"dense(\d+)\.(\d+)(.*)", name):
-        block, layer, rest = match.groups()
-        return f"features.denseblock{block}.denselayer{int(layer) + 1}{rest.replace('bn', 'norm')}"
+        return f"features.denseblock{match[1]}.denselayer{int(match[2]) + 1}{match[3].replace('bn', 'norm')}"
     if match := re.fullmatch(r"trans(\d+)(.*)", name):
-        block, rest = match.groups()
-        return f"features.transition{block}{rest.replace('bn1', 'norm').replace('conv1', 'conv')}"
+        return f"features.transition{match[1]}{match[2].replace('bn1', 'norm').replace('conv1', 'conv')}"
     head, dot, rest = name.partition(".")
     return {"conv1": "features.conv0", "bn0": "features.norm0", "bn1": "features.norm5",
-            "fc": "classifier"}[head] + dot + rest
+            "fc": "classifier"}.get(head, head) + dot + rest
 
 
 def checked_arguments(**arguments) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import re
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet
 from densenet import DenseNet
@@ -16,8 +18,8 @@ PATHS = {False: "textbook", True: "efficient", "max": "max"}
 SMALL = dict(growthRate=8, blockConfig=(2, 3, 1, 2), smallInputs=False, initChannels=16, nClasses=7)
 
 
-def small_theirs():
-    return torchvision.models.DenseNet(8, (2, 3, 1, 2), 16, num_classes=7)
+def small_theirs(bnSize=4):
+    return torchvision.models.DenseNet(8, (2, 3, 1, 2), 16, bnSize, num_classes=7)
 
 
 def moved(net):
@@ -53,11 +55,13 @@ def test_outputs_equal_torchvision_in_float32(name):
         assert net.dense4.last_path == path
 
 
+@pytest.mark.parametrize("bnSize", [4, 1, 3])
 @pytest.mark.parametrize("efficient", PATHS)
-def test_gradients_and_statistics_equal_torchvision(efficient):
+def test_gradients_and_statistics_equal_torchvision(efficient, bnSize):
     torch.manual_seed(0)
-    theirs = moved(small_theirs()).double()
-    ours = DenseNet(**SMALL, efficient=efficient).double()
+    theirs = moved(small_theirs(bnSize)).double()
+    ours = DenseNet(**SMALL, bnSize=bnSize, efficient=efficient).double()
+    assert ours.arguments["bnSize"] == bnSize
     ours.load_torchvision(theirs.state_dict())
     x, labels = torch.randn(3, 3, 75, 64, dtype=torch.float64), torch.tensor([1, 5, 6])
     F.nll_loss(ours(x), labels).backward()
@@ -106,6 +110,57 @@ def test_another_classifier_is_left_alone():
     net.load_torchvision(theirs.state_dict(), classifier=False)
     assert net.fc.weight.equal(before)
     assert net.conv1.weight.equal(theirs.features.conv0.weight)
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("change", [
+    prefixed("module."), prefixed("_orig_mod."), prefixed("module.densenet121."), prefixed("model._orig_mod.module."),
+    lambda state: {"state_dict": prefixed("module.")(state), "epoch": 3, "optimizer": {"state": {}}},
+    lambda state: {"model": state, "args": None},
+])
+def test_state_dicts_as_others_save_them_load(change):
+    theirs = moved(small_theirs()).state_dict()
+    net = DenseNet(**SMALL)
+    net.load_torchvision(change(theirs))
+    assert all(value.equal(theirs[name]) for name, value in net.torchvision_state_dict().items())
+    del theirs["classifier.weight"], theirs["classifier.bias"]
+    DenseNet(**SMALL).load_torchvision(change(theirs), classifier=False)
+    with pytest.raises(ValueError, match=r"has no classifier\.weight"):
+        DenseNet(**SMALL).load_torchvision(change(theirs))
+
+
+def test_heads_of_another_structure_are_left_aside():
+    """As CheXNet's, whose classifier is a Sequential."""
+    theirs = prefixed("module.densenet121.")(moved(small_theirs()).state_dict())
+    for part in ("weight", "bias"):
+        theirs[f"module.densenet121.classifier.0.{part}"] = theirs.pop(f"module.densenet121.classifier.{part}")
+    theirs["module.densenet121.fc.bias"] = torch.ones(3)
+    net = DenseNet(**SMALL)
+    net.fc = nn.Sequential(nn.Dropout(0.1), nn.Linear(net.fc.in_features, 2))
+    before = net.fc[1].weight.clone()
+    net.load_torchvision({"state_dict": theirs}, classifier=False)
+    assert net.fc[1].weight.equal(before)
+    assert net.conv1.weight.equal(theirs["module.densenet121.features.conv0.weight"])
+    with pytest.raises(ValueError, match=r"has no classifier\.1\.weight"):
+        net.load_torchvision(theirs)
+    del theirs["module.densenet121.fc.bias"]
+    net.fc = nn.Sequential(nn.Linear(net.fc[1].in_features, 7), nn.Identity())
+    net.load_torchvision(theirs)
+    assert net.fc[0].bias.equal(theirs["module.densenet121.classifier.0.bias"])
+
+
+def test_networks_with_compiled_and_added_parts_exchange_weights():
+    theirs, net = moved(small_theirs()).state_dict(), DenseNet(**SMALL)
+    net.dense1, net.fc = (torch.compile(part, backend="eager") for part in (net.dense1, net.fc))
+    net.load_torchvision(theirs)
+    assert all(value.equal(theirs[name]) for name, value in net.torchvision_state_dict().items())
+    net.more = nn.Linear(1, 1)
+    assert "more.weight" in net.torchvision_state_dict()
+    with pytest.raises(ValueError, match=r"has no more\.weight, which more\.weight would take"):
+        net.load_torchvision(theirs)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -165,3 +220,73 @@ def test_load_rebuilds_it(tmp_path):
     loaded = densenet.load(tmp_path / "latest.pth")
     x = torch.randn(2, 3, 64, 64)
     assert loaded(x).equal(net.eval()(x))
+
+
+# --- README's recipes for those who come from torchvision -------------------------------------------------------
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = DenseNet(**SMALL)
+    net.load_torchvision(moved(small_theirs()).state_dict())
+    return net.eval()
+
+
+@pytest.fixture
+def theirs(net):
+    theirs = small_theirs().eval()
+    theirs.load_state_dict(net.torchvision_state_dict())
+    return theirs
+
+
+def test_recipe_spatial_maps(net, theirs):
+    x = torch.randn(2, 3, 64, 64)
+    trunk = create_feature_extractor(net, {"bn1": "maps"})
+    maps = trunk(x)["maps"]
+    torch.testing.assert_close(maps, theirs.features(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(F.relu(maps).mean((2, 3)), net.features(x), rtol=1e-4, atol=1e-5)
+    net.fc = nn.Identity()  # the table's warning: what comes out is normalised over the features
+    torch.testing.assert_close(net(x), F.relu(maps).mean((2, 3)).log_softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_recipe_grad_cam(net, theirs):
+    image, label = torch.randn(1, 3, 64, 64), 3
+    kept = []
+    handle = net.bn1.register_forward_hook(lambda module, inputs, maps: kept.append(maps))
+    logit = net.fc(net.features(image))[0, label]
+    handle.remove()
+    weights = torch.autograd.grad(logit, kept[0])[0].mean((2, 3), keepdim=True)
+    cam = F.relu((weights * kept[0]).sum(1))  # (1, H / 32, W / 32)
+    maps = theirs.features(image).detach().requires_grad_()
+    theirs.classifier(F.relu(maps).mean((2, 3)))[0, label].backward()
+    torch.testing.assert_close(cam, F.relu((maps.grad.mean((2, 3), keepdim=True) * maps).sum(1)), rtol=1e-3, atol=1e-5)
+    assert cam.shape == (1, 2, 2) and cam.max() > 0
+
+
+def test_recipe_a_new_head(net):
+    net.requires_grad_(False)
+    net.fc = nn.Linear(net.fc.in_features, 5)
+    optimizer = torch.optim.SGD(net.fc.parameters(), lr=0.1)
+    loss = F.nll_loss(net(torch.randn(2, 3, 64, 64)), torch.tensor([0, 4]))
+    loss.backward()
+    optimizer.step()
+    assert net.conv1.weight.grad is None and net.fc.weight.grad.abs().max() > 0
+
+
+def test_recipe_several_labels_at_once(net, theirs):
+    x, labels = torch.randn(2, 3, 64, 64), torch.randint(2, (2, 7)).float()
+    criterion = nn.BCEWithLogitsLoss(pos_weight=torch.full((7,), 3.0))
+    loss = criterion(net.train().fc(net.features(x)), labels)
+    loss.backward()
+    torch.testing.assert_close(loss, criterion(theirs.train()(x), labels), rtol=1e-4, atol=1e-5)
+    assert net.dense1.last_path == "efficient" and net.conv1.weight.grad.abs().max() > 0
+
+
+def test_recipe_grayscale(theirs):
+    weights = theirs.state_dict()
+    weights["features.conv0.weight"] = weights["features.conv0.weight"].sum(1, keepdim=True)
+    net = DenseNet(**SMALL | {"nClasses": 2}, inChannels=1).eval()
+    net.load_torchvision(weights, classifier=False)
+    gray = torch.randn(2, 1, 64, 64)
+    maps = create_feature_extractor(net, {"bn1": "maps"})(gray)["maps"]
+    torch.testing.assert_close(maps, theirs.features(gray.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
