@@ -7,6 +7,8 @@ The textbook network comes first, then ImageNet's networks by name and how weigh
 efficient dense block: the same function, trained in less memory and less time; ``efficient=False`` switches it off.
 """
 
+import contextlib
+import errno
 import math
 import numbers
 import os
@@ -16,7 +18,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.fx
@@ -162,7 +164,7 @@ class DenseNet(nn.Module):
         self.fc = nn.Linear(nChannels, nClasses)
 
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # there, normal_ first imports for seconds
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
         nn.init.zeros_(self.fc.bias)
 
@@ -323,7 +325,7 @@ densenet201 = partial(imagenet, 32, (6, 12, 48, 32))  # 20,013,928
 densenet161 = partial(imagenet, 48, (6, 12, 36, 24))  # 28,681,000
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNet:
+def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu") -> DenseNet:
     """The trained network of a checkpoint that train.py wrote, in evaluation mode.
 
     ``mean`` and ``std`` (inChannels, 1, 1) are what its input in [0, 1] was normalised by; ``classes`` names its
@@ -333,16 +335,26 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> DenseNe
         ValueError: if the file is damaged or not such a checkpoint.
         OSError: if it cannot be read.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(file)
     if missing := {"arguments", "model", "mean", "std", "classes"} - checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {min(missing)}")
+        raise ValueError(f"{file} is not a checkpoint of train.py: it has no {min(missing)}")
     try:
-        net = DenseNet(**checkpoint["arguments"])
-        net.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this train.py ({str(error).splitlines()[0]})") from None
-    for name in ("mean", "std"):
-        net.register_buffer(name, torch.tensor(checkpoint[name])[:, None, None], persistent=False)
+        arguments, model = checkpoint["arguments"], checkpoint["model"]
+        layers = sum(arguments.get("blockConfig") or [arguments.get("depth") or 0])
+        stored = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.values()}.values())
+        size = sum(tensor.nbytes for tensor in model.values())
+        if layers > len(model) or size > stored:
+            raise ValueError(f"it declares {layers} layers in {size} bytes, but has {len(model)} tensors in {stored}")
+        with torch.device("meta"):  # whatever is declared takes no memory
+            net = DenseNet(**arguments)
+        net.load_state_dict(model, assign=True)
+        for name in ("mean", "std"):
+            value = torch.tensor(checkpoint[name], dtype=torch.float32)
+            net.register_buffer(name, value.view(net.conv1.in_channels, 1, 1), persistent=False)
+        net.to("cpu", torch.float32)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{file} is not a checkpoint of this train.py ({reason})") from None
     net.classes = checkpoint["classes"]
     return net.to(device).eval()
 
@@ -351,31 +363,35 @@ class ForeignFile(ValueError):
     """A sound file, but no checkpoint of train.py."""
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(file: str | os.PathLike | BinaryIO) -> dict:
     """The dict that train.py saved, on the CPU, each byte checked against its checksum; never runs code of the file.
 
     Raises: as ``load``; ForeignFile if it is sound but something else.
     """
     try:
-        with open(path, "rb") as file:
-            with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+        with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as opened:
+            with zipfile.ZipFile(opened) as archive:  # torch.load does not look at the checksums
+                parts = archive.infolist()
+                if any(part.compress_type != zipfile.ZIP_STORED or part.external_attr & 16 for part in parts):
+                    raise ValueError("it has compressed parts or folders")  # torch.load takes a folder for zeros
+                if sum(part.file_size for part in parts) > opened.seek(0, os.SEEK_END):
+                    raise ValueError("its parts overlap")
                 if bad := archive.testzip():
-                    raise ValueError(f"{path} is damaged (at {bad})")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, ValueError):
-        raise
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
+                    raise ValueError(f"at {bad}")
+            opened.seek(0)
+            checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ForeignFile(f"{path} is not a checkpoint of train.py: it holds other objects than tensors and plain "
-                         "values, and loading those could run code") from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or not a checkpoint of train.py "
-                         f"({str(error).splitlines()[0][:120]})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ForeignFile(f"{path} is not a checkpoint of this train.py: its format is {found}; valid is 1")
+        raise ForeignFile(f"{file} is not a checkpoint of train.py: it holds other objects than tensors and plain "
+                          "values, and loading those could run code") from None
+    except Exception as error:  # zipfile's, zlib's, struct's, torch's: a flipped bit can cause any of them
+        if isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", 0) not in (errno.EIO, errno.EINVAL):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{file} is damaged, or not a checkpoint of train.py ({reason})") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else checkpoint
+    if type(found) is not int or found != 1:
+        found = found if isinstance(found, int | None) else type(found).__name__
+        raise ForeignFile(f"{file} is not a checkpoint of this train.py: its format is {found}; valid is 1")
     return checkpoint
 
 

@@ -1,7 +1,6 @@
 """The network itself: sizes, geometry, equality with an independent implementation, use in other people's code."""
 
 import copy
-import io
 import math
 import pickle
 from fractions import Fraction
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import densenet
 from densenet import DenseNet
 
 
@@ -315,55 +313,6 @@ def test_autocast_channels_last_and_double(small):
     torch.testing.assert_close(half.double(), expected, rtol=0.1, atol=0.1)
     last = copy.deepcopy(small).to(memory_format=torch.channels_last)
     torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)).double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def checkpoint_of(net: DenseNet) -> dict:
-    return {"format": 1, "arguments": net.arguments, "model": net.state_dict(), "epoch": 1,
-            "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "classes": [str(i) for i in range(10)]}
-
-
-def test_load_rebuilds_a_trained_network(small, tmp_path):
-    small(torch.randn(8, 3, 16, 16))  # running statistics other than the initial ones
-    torch.save(checkpoint_of(small), tmp_path / "latest.pth")
-    net = densenet.load(tmp_path / "latest.pth")
-    assert not net.training and net.classes[3] == "3"
-    assert net.mean.shape == net.std.shape == (3, 1, 1) and net.mean[1].item() == pytest.approx(0.4)
-    x = torch.randn(1, 3, 16, 16)
-    assert (net(x) == small.eval()(x)).all()
-    assert net.state_dict().keys() == small.state_dict().keys()
-
-
-def test_load_refuses_what_is_no_checkpoint(small, tmp_path):
-    path = tmp_path / "latest.pth"
-    with pytest.raises(FileNotFoundError):
-        densenet.load(path)
-    path.write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
-        densenet.load(path)
-    torch.save(small, path)  # a pickled module, as the ancestor's: loading it would run its code
-    with pytest.raises(ValueError, match="could run code"):
-        densenet.load(path)
-    torch.save(checkpoint_of(small) | {"format": 2}, path)
-    with pytest.raises(ValueError, match="its format is 2; valid is 1"):
-        densenet.load(path)
-    torch.save(checkpoint_of(small) | {"arguments": {"growth": 4}}, path)
-    with pytest.raises(ValueError, match="unexpected keyword argument 'growth'"):
-        densenet.load(path)
-    torch.save({"format": 1, "arguments": small.arguments}, path)
-    with pytest.raises(ValueError, match="it has no classes"):
-        densenet.load(path)
-    content = io.BytesIO()
-    torch.save(checkpoint_of(small), content)
-    damaged = bytearray(content.getvalue())
-    at = damaged.find(small.fc.weight.detach().numpy().tobytes())
-    damaged[at + 5] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match="is damaged"):
-        densenet.load(path)
-    for cut in (10, len(damaged) // 2, len(damaged) - 5):
-        path.write_bytes(content.getvalue()[:cut])
-        with pytest.raises(ValueError, match="damaged"):
-            densenet.load(path)
 
 
 # --- with parts that are not ours -------------------------------------------------------------------------------
