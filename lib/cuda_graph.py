@@ -62,9 +62,10 @@ class GraphedStep:
         try:
             self.graph = self.capture()
         except RuntimeError as error:
-            while isinstance(error.__context__, RuntimeError):  # ending a failed capture fails again: tell the first
+            # ending a failed capture fails again: the first error tells what happened, or that a signal came
+            while isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 error = error.__context__
-            if is_out_of_memory(error):
+            if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
                 raise error from None
             raise CaptureFailed(f"the training step cannot be captured as a CUDA graph ({first_line(error)}); start "
                                 "again with --no-graph") from error

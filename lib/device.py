@@ -97,4 +97,6 @@ def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argpar
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whoever found it: an allocator of torch or, on a GPU, CUDA itself, cuBLAS or cuDNN."""
+    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)

@@ -14,7 +14,7 @@ import train
 SAMPLE = Path(__file__).resolve().parent / "cifar10-sample"
 RECORD = 3073  # bytes: label and 32x32x3 pixels
 EPOCHS = 4  # of the fixtures' runs
-SMALL = ["--depth", "10", "--growthRate", "4", "--batchSz", "32", "--no-plot"]
+SMALL = ["--depth", "10", "--growthRate", "4", "--batchSz", "32", "--no-plot", "--no-cuda"]
 
 
 def cut_sample(folder: Path, train: int = 80, test: int = 40) -> str:

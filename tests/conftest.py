@@ -10,8 +10,20 @@ import shutil
 import pytest
 import torch
 from common import EPOCHS, SAMPLE, SMALL, cut_sample, stopped_at
+from twin import use_twin
 
 import train
+
+
+def pytest_addoption(parser):
+    parser.addoption("--twin", action="store_true",
+                     help="trainings in this process replay a recorded step, as a GPU does by a CUDA graph")
+
+
+@pytest.fixture(autouse=True)
+def twin(request, monkeypatch):
+    if request.config.getoption("--twin"):
+        use_twin(monkeypatch)
 
 
 @pytest.fixture
