@@ -52,8 +52,9 @@ def kept_by_textbook(net: DenseNet, size: int, value_bytes: int = 4, mask_bytes:
             masks += dropout * conv.out_channels * pixels
             size //= 2
             pixels = size * size
-    values += 2 * net.bn1.num_features * pixels
-    return values * value_bytes + masks * mask_bytes + 8 * indices
+    values += 2 * net.bn1.num_features * pixels + net.fc.in_features
+    log_probabilities = 4 * net.fc.out_features  # always float32
+    return values * value_bytes + masks * mask_bytes + 8 * indices + log_probabilities
 
 
 def step_bytes(net: DenseNet, args: argparse.Namespace, size: int, images: int, batch_size: int, on_gpu: bool) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from common import SMALL
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from twin import Twin, allow_capturable, storage, tensors
 
 import densenet
 import train
@@ -18,7 +19,7 @@ from lib.batches import Batches, draw
 from lib.cuda_graph import GraphedStep
 from lib.image_set import ImageSet
 from lib.signals import Stopped
-from twin import Twin, allow_capturable, storage, tensors
+
 
 class Saved:
     """What autograd keeps for EfficientBlock, whose two passes are called here without it."""

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from twin import Twin, allow_capturable
 
 import train
 from densenet import DenseNet
 from lib.distributed import World
 from lib.image_set import ImageSet
 from lib.sets import Sets
-from twin import Twin, allow_capturable
 
 
 def graphed(net, optimizer, precision):
