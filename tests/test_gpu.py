@@ -49,7 +49,7 @@ def about(directory):
 
 
 def keep_eager(monkeypatch):
-    """Steps without a graph, by the optimizer of a graph: Adam counts steps on the GPU there, which rounds otherwise."""
+    """Steps without a graph, by the optimizer of a graph: Adam counts steps on the GPU there and rounds otherwise."""
     make_step = train.make_step
     monkeypatch.setattr(train, "make_step", lambda args, net, optimizer, _: make_step(args, net, optimizer, False))
 
