@@ -5,6 +5,7 @@
 
 A line for each run and a summary; exit status 0 if every tensor of latest.pth and every byte of the CSVs is the same
 in all of them, 1 otherwise. Half of the runs write slowly, so that many of the kills come in the middle of a save.
+Every third run has validation images, and is prolonged by an epoch after it has ended, and killed in that one, too.
 """
 
 import argparse
@@ -24,7 +25,6 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import torch
 from common import SAMPLE, SMALL, cut_sample, differences
 
-import runs
 import train
 
 
@@ -48,7 +48,7 @@ def slow_writes(seconds: float) -> None:
 
     save, torch.save = torch.save, save_in_pieces
     for name in ("fsync", "replace", "link", "ftruncate"):
-        setattr(runs.os, name, slowed(getattr(os, name)))
+        setattr(os, name, slowed(getattr(os, name)))
 
 
 def start(argv: list[str], slow: float, log: Path) -> int:
@@ -70,7 +70,7 @@ def start(argv: list[str], slow: float, log: Path) -> int:
 
 
 def is_saving(run: Path) -> bool:
-    return any(runs.is_temporary(p.name) for p in run.iterdir()) if run.is_dir() else False
+    return any(p.name.endswith(".tmp") for p in run.iterdir()) if run.is_dir() else False
 
 
 def wait_until(reached: Callable[[], bool], pid: int) -> None:
@@ -79,10 +79,12 @@ def wait_until(reached: Callable[[], bool], pid: int) -> None:
         time.sleep(0.002)
 
 
-def run_killed(argv: list[str], save: Path, kills: int, size: int, slow: float, draw: random.Random) -> list[str]:
-    """Kills while it starts, at a random byte of train.csv, which has ``size`` in the end, or in the save after that.
+def run_killed(argv: list[str], save: Path, kills: int, sizes: tuple[int, int], slow: float,
+               draw: random.Random) -> list[str]:
+    """Kills while it starts, at a random byte of train.csv from the first to the second of ``sizes``, or in the save
+    after that.
 
-    -> for each kill the last epoch in test.csv, and "saving" if a file was being written; "ended" if it came too late
+    -> for each kill the last epoch in the log, and "saving" if a file was being written; "ended" if it came too late
     """
     csv = save / "train.csv"
     told = []
@@ -90,9 +92,9 @@ def run_killed(argv: list[str], save: Path, kills: int, size: int, slow: float, 
     for session in range(kills + 1):
         pid = start(command, slow, save.with_suffix(".log"))
         if session < kills:
-            where = draw.choice(["start", "step", "step", *["save", "save"] * bool(slow)])
+            where = draw.choice(["start", "step", "step", *(["save", "save"] if slow else [])])
             if where != "start":
-                byte = draw.randint(csv.stat().st_size if csv.exists() else 0, size)
+                byte = draw.randint(max(sizes[0], csv.stat().st_size if csv.exists() else 0), sizes[1])
                 wait_until(lambda byte=byte: csv.exists() and csv.stat().st_size >= byte, pid)
             if where == "save":
                 wait_until(lambda: is_saving(save), pid)
@@ -100,12 +102,16 @@ def run_killed(argv: list[str], save: Path, kills: int, size: int, slow: float, 
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == 0:
-            return told + ["ended"] * (session < kills)
+            return told + (["ended"] if session < kills else [])
         if status != -signal.SIGKILL:
             raise SystemExit(f"exit status {status}: {save.with_suffix('.log').read_text()}")
-        rows = (save / "test.csv").read_bytes().count(b"\n") - 1 if (save / "test.csv").exists() else 0
-        told.append(f"{max(rows, 0)}{' saving' if is_saving(save) else ''}")
+        told.append(f"{last_epoch(save)}{' saving' if is_saving(save) else ''}")
     return told
+
+
+def last_epoch(save: Path) -> int:
+    rows = [file.read_bytes().count(b"\n") - 1 for file in (save / "test.csv", save / "val.csv") if file.exists()]
+    return max(rows, default=0)
 
 
 def main() -> int:
@@ -123,20 +129,37 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images = str(SAMPLE) if args.images == 1000 else cut_sample(root / "images", args.images)
-        argv = ["--data", images, *SMALL, "--dropRate", "0.1", "--nEpochs", str(args.nEpochs)]
-        run_killed(argv, root / "whole", 0, 0, 0, draw)
-        size = (root / "whole/train.csv").stat().st_size
+        argv = ["--data", images, *SMALL, "--dropRate", "0.1"]
+        validated = [*argv, "--valSize", str(args.images // 10)]
+        size = whole(argv, root / "whole", args.nEpochs)
+        ended = whole(validated, root / "validated", args.nEpochs)
+        prolonged = whole(validated, root / "validated", args.nEpochs + 1)
         for i in range(1, args.n + 1):
             save, slow = root / f"run{i}", 0.03 * (i % 2)
-            told = run_killed(argv, save, args.kills, size, slow, draw)
-            different = differences(root / "whole", save)
+            if i % 3:
+                reference = root / "whole"
+                told = run_killed([*argv, "--nEpochs", str(args.nEpochs)], save, args.kills, (0, size), slow, draw)
+            else:
+                reference = root / "validated"
+                told = run_killed([*validated, "--nEpochs", str(args.nEpochs)], save, args.kills // 2, (0, ended), slow,
+                                  draw)
+                told.append("prolonged")
+                told += run_killed([*validated, "--nEpochs", str(args.nEpochs + 1)], save, args.kills - args.kills // 2,
+                                   (ended + 1, prolonged), slow, draw)
+            different = differences(reference, save)
             same += not different
-            kills += sum(t != "ended" for t in told)
+            kills += sum(t not in ("ended", "prolonged") for t in told)
             in_save += sum("saving" in t for t in told)
             print(f"run {i}: killed after epoch {', '.join(told)}: "
                   f"{'different: ' + ' '.join(different[:5]) if different else 'identical'}", flush=True)
     print(f"{same} of {args.n} identical, after {kills} kills, {in_save} of them in the middle of a write")
     return 0 if same == args.n else 1
+
+
+def whole(argv: list[str], save: Path, nEpochs: int) -> int:
+    """The run that is not killed. -> bytes of its train.csv"""
+    run_killed([*argv, "--nEpochs", str(nEpochs)], save, 0, (0, 0), 0, random.Random())
+    return (save / "train.csv").stat().st_size
 
 
 if __name__ == "__main__":

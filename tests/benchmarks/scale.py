@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import torch.distributed as dist
 
-import runs
 import train
 from densenet import DenseNet
-from runs import Processes, Signals
+from lib import distributed
+from lib.device import set_up_device
+from lib.memory import count
 
 
 def timed(function, device: torch.device, repetitions: int) -> float:
@@ -44,16 +45,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="repetitions of each (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="default: %(default)s")
     args = parser.parse_args()
-    processes = Processes(Signals())
-    if args.batchSz % processes.size:
-        parser.error(f"--batchSz {args.batchSz} cannot be shared by {processes.size} processes")
+    world = distributed.read_world()
+    if args.batchSz % world.size:
+        parser.error(f"--batchSz {args.batchSz} cannot be shared by {world.size} processes")
     args.deterministic, args.no_cuda, args.device = False, False, None
-    device = runs.pick_device(args, processes)
-    processes.start(device)
+    device = set_up_device(args, world)
+    distributed.start(world)
 
     torch.manual_seed(0)
     net = DenseNet(args.growthRate, args.depth).to(device)
-    share = args.batchSz // processes.size
+    share = args.batchSz // world.size
     images, labels = torch.randn(share, 3, 32, 32, device=device), torch.randint(10, (share,), device=device)
     images = images.to(memory_format=torch.channels_last)
 
@@ -63,11 +64,11 @@ def main() -> int:
         return lambda: train.train_step(wrapped, optimizer, args.precision, images, labels, share)
 
     alone = timed(step_of(lambda net: net), device, args.steps)  # of this share, while the others do the same
-    together = timed(step_of(processes.wrap), device, args.steps)
-    gradients = torch.randn(train.count(net), device=device)
-    reduce = timed(lambda: processes.sum(gradients), device, 10 * args.steps)
-    if processes.first:
-        print(f"{processes.size} processes on {device.type} ({dist.get_backend() if processes.size > 1 else 'alone'}), "
+    together = timed(step_of(lambda net: distributed.average_gradients(net, world)), device, args.steps)
+    gradients = torch.randn(count(net), device=device)
+    reduce = timed(lambda: distributed.sum_over_ranks(gradients, world), device, 10 * args.steps)
+    if world.rank == 0:
+        print(f"{world.size} processes on {device.type} ({dist.get_backend() if world.size > 1 else 'alone'}), "
               f"L={args.depth} k={args.growthRate}, {share} images each, {torch.get_num_threads()} threads each\n"
               f"gradients            {gradients.numel() * 4 / 1e6:10.2f} MB\n"
               f"their all-reduce     {reduce * 1e3:10.2f} ms\n"
@@ -75,7 +76,7 @@ def main() -> int:
               f"step with it         {together * 1e3:10.2f} ms, {args.batchSz / together:.1f} images/s\n"
               f"communication        {max(0, 1 - alone / together):10.1%} of the step; all-reduce alone is "
               f"{reduce / alone:.1%} of the rest")
-    processes.end()
+    distributed.end()
     return 0
 
 
