@@ -36,10 +36,10 @@ from lib.device import environment, restore_threads, set_up_device, warn_of_diff
 from lib.distributed import World, broadcast, share_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
+from lib.image_set import shorten
 from lib.layers import PATHS
 from lib.memory import count
 from lib.network import check_images, check_network, make_net, pretrained_weights
-from lib.image_set import shorten
 from lib.plot_process import Plotter
 from lib.run_directory import Run, RunError
 from lib.sets import Sets, load_on_every_rank

@@ -56,9 +56,9 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
 import block
+import runs
 
 import densenet
-import runs
 import train
 
 MIB = 2**20
