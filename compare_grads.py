@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compare two implementations layer by layer: ./compare_grads.py [--against WHAT] computes the same through both.
+"""Compare two implementations layer by layer: ./compare_grads.py [--against WHAT]
 
-Every hidden state, running statistic and gradient in order of computation, for the same weights, images and labels.
-Prints a table; --csv writes every tensor's row, --plot a figure. Exit status: 0 all agree, 1 one differs, 2 refused.
+Both get the same weights, images and labels. Every hidden state, running statistic and gradient is compared, in order
+of computation. Prints a table; --csv writes a row for each tensor, --plot draws a figure. Exit status: 0 all agree or
+this machine lacks what WHAT needs, 1 a tensor differs or the comparison could not be completed, 2 bad input.
 """
 
 import argparse
-import copy
 import csv
 import io
 import math
@@ -16,29 +16,30 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lib.figures import COLOURS, STYLE, png_of  # before matplotlib, see there
+
+# isort: split
 import matplotlib.style
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display needed
 
 import densenet
-from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
-from lib import data
+from densenet import DenseNet
+from lib import cli, data
 from lib.cli import EFFICIENT, NETWORK_FLAGS, Parser, add_network_flags, fail, flag, network_arguments, number
-from lib.faults import FAULTS, add_inject_flag, injected, target_of
-from lib.figures import COLOURS, STYLE, png_of
+from lib.faults import FAULTS, add_inject_flag
 from lib.files import new_file, replace_file
-from lib.layers import PATHS, check_path, describe, layers_of, operations, parts_of, settle_kinks
+from lib.layers import PATHS, describe, layers_of, settle_kinks
+from lib.recording import Record, Side, record
+from lib.torchvision_net import check_torchvision_has
 
-FACTOR = 4  # how much larger than the reference's own an error may be
-LIMIT64 = 1e-10  # between the two in float64, whose rounding comes to 1e-13 here
+FACTOR = 4  # an error may be so many times as large as the reference's own rounding error
+LIMIT64 = 1e-10  # of the difference in float64, where rounding amounts to 1e-13
 AGAINST = {
     "torchvision": "our network against torchvision's, an independent implementation",
     "plain": "the efficient dense block against the textbook's",
-    "float64": "float32 against float64, beside what float32 costs torchvision",
+    "float64": "the rounding errors of float32 in our network against those in torchvision's",
     "cuda": "the GPU against the CPU",
     "cudnn-off": "the GPU with cuDNN against the GPU without",
     "channels_last": "the memory format channels_last against contiguous",
@@ -47,41 +48,32 @@ AGAINST = {
 }
 
 
-class Side(NamedTuple):
-    """A way to compute the network."""
-    name: str
-    torchvision: bool = False
-    path: bool | str = False  # DenseNet's efficient
-    dtype: torch.dtype = torch.float32
-    autocast: bool = False  # to bfloat16
-    device: str = "cpu"
-    cudnn: bool = True
-    memory_format: torch.memory_format = torch.contiguous_format
-    compiled: bool = False
-
-
 class Key(NamedTuple):
     """A tensor that two implementations have in common."""
     layer: str
-    kind: str  # state, statistic, gradient (of a state) or parameter (that is, its gradient)
+    kind: str  # "state"; "gradient": the loss's with respect to a state; "parameter": with respect to it; "statistic"
     name: str
 
 
 class Row(NamedTuple):
-    """A comparison. Differences are the largest of a tensor's elements, relative to its largest element."""
+    """The comparison of one tensor.
+
+    The yardstick is the reference computed in float64. A difference is the largest of all elements, divided by the
+    largest element of the tensor.
+    """
     layer: str
     kind: str
     name: str
     norm: float
-    difference: float  # of the tested from the yardstick, the reference in float64
-    reference: float  # of the reference from the yardstick
-    limit: float
-    difference64: float  # of the tested in float64 from the yardstick; 0 where that says nothing
-    identical: bool  # tested and reference, bit for bit
+    difference: float  # between the tested implementation and the yardstick
+    reference: float  # between the reference and the yardstick
+    limit: float  # of ``difference``
+    difference64: float  # between the tested implementation in float64 and the yardstick; 0 if that is not computed
+    identical: bool  # tested and reference are equal bit for bit
 
     @property
     def share(self) -> float:
-        """Of the limit: above 1 they differ."""
+        """The larger of the two differences as a share of its limit; above 1 the implementations differ."""
         shares = self.difference / self.limit, self.difference64 / LIMIT64
         return max(math.inf if math.isnan(share) else share for share in shares)
 
@@ -94,16 +86,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--against", choices=tuple(AGAINST), default="torchvision", metavar="WHAT",
         help=", ".join(f"{name} ({text})" for name, text in AGAINST.items()) + "; default: %(default)s")
     add("--efficient", choices=tuple(EFFICIENT), default=None,
-        help="the path of our dense blocks. yes, max: nothing is hooked, so no gradients of states within a block "
-             "(default: no; with plain: yes)")
-    add("--checkpoint", metavar="FILE", default=None,
-        help="train.py's latest.pth: its network and weights, in training mode, for a batch of --data")
-    add("--data", metavar="DIR", default=None, help="CIFAR-10's folder or its parent (default: random images)")
-    add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8, help="images (default: %(default)s)")
-    add("--csv", metavar="FILE", type=new_file(""), default=None, help="write a row for every tensor")
-    add("--plot", metavar="FILE.png", type=new_file(".png"), default=None, help="draw difference against depth")
+        help="how our dense blocks are computed, as in train.py; yes and max: gradients of the states inside a block "
+             "cannot be compared (default: no; with plain: yes)")
+    add("--checkpoint", metavar="FILE", type=cli.path, default=None,
+        help="train.py's latest.pth: use its network and weights, in training mode; needs --data")
+    add("--data", metavar="DIR", type=cli.path, default=None,
+        help="CIFAR-10's folder or its parent (default: random images)")
+    add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8,
+        help="number of images (default: %(default)s)")
+    add("--csv", metavar="FILE", type=new_file(""), default=None, help="write a row for each tensor")
+    add("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
+        help="draw each layer's largest difference")
     add("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
-        help="of weights and images (default: %(default)s)")
+        help="seed of the weights and images (default: %(default)s)")
     add_inject_flag(parser, FAULTS)
     add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     return parser
@@ -114,21 +109,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.efficient = args.efficient or ("yes" if args.against == "plain" else "no")
     network = [flag(name) for name in NETWORK_FLAGS if name in explicit]
     if args.checkpoint and network:
-        raise ValueError(f"{network[0]} contradicts --checkpoint {args.checkpoint}, which has its own; give one of "
-                         "them")
+        raise ValueError(f"{network[0]} contradicts --checkpoint {args.checkpoint}, which has a network of its own; "
+                         "give one of them")
     if args.checkpoint and not args.data:
-        raise ValueError(f"--checkpoint {args.checkpoint} takes real images; valid with it is --data DIR")
+        raise ValueError(f"--checkpoint {args.checkpoint} needs real images; add --data DIR")
     if args.against == "plain" and args.efficient == "no":
         raise ValueError("--efficient no leaves nothing to compare with plain; valid are yes, max")
     if args.against == "compile" and args.efficient != "no":
-        raise ValueError(f"--efficient {args.efficient}: torch.compile takes the textbook layers; valid is no")
+        raise ValueError(f"--efficient {args.efficient}: torch.compile computes the textbook's layers; with --against "
+                         "compile valid is no")
     if args.against == "bf16" and args.inject:
-        raise ValueError(f"--inject {args.inject} could hide in bfloat16's rounding; valid are the other --against")
+        raise ValueError(f"--inject {args.inject} could be smaller than bfloat16's rounding errors; valid are the "
+                         "other values of --against")
     return args
 
 
 def missing(against: str) -> str | None:
-    """What this machine lacks for a comparison."""
+    """-> what this machine lacks for the comparison, or None"""
     if against in ("cuda", "cudnn-off") and not torch.cuda.is_available():
         return "this machine has no GPU that PyTorch can use"
     if against == "cudnn-off" and not torch.backends.cudnn.is_available():
@@ -139,7 +136,11 @@ def missing(against: str) -> str | None:
 
 
 def sides(args: argparse.Namespace) -> list[Side | None]:
-    """-> the tested, the reference, the yardstick and, where that says more, the tested in float64"""
+    """-> what is tested, the reference, the yardstick, and what is tested in float64 or None
+
+    In float64 rounding hides nothing. It makes no sense where the rounding itself is compared (float64, bf16), or where
+    another dtype is another compiled program (compile).
+    """
     ours = Side("ours", path=EFFICIENT[args.efficient])
     theirs = Side("torchvision", torchvision=True)
     gpu = ours._replace(name="GPU", device="cuda")
@@ -155,19 +156,20 @@ def sides(args: argparse.Namespace) -> list[Side | None]:
         "bf16": (ours._replace(autocast=True), theirs._replace(autocast=True)),
     }[args.against]
     yardstick = (ours if args.against == "float64" else reference)._replace(dtype=torch.float64, autocast=False)
-    says_more = args.against not in ("float64", "compile", "bf16")
-    return [tested, reference, yardstick, tested._replace(dtype=torch.float64) if says_more else None]
+    exact = None if args.against in ("float64", "compile", "bf16") else tested._replace(dtype=torch.float64)
+    return [tested, reference, yardstick, exact]
 
 
 def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor]:
-    """-> the network, on the textbook path, images and labels
+    """-> the network, with efficient=False; images, float32 (N, C, H, W), normalised; labels, int64 (N,)
 
     Raises:
-        ValueError, OSError: if they cannot be had.
+        ValueError, OSError: for a network that cannot be, and files that are missing, damaged or do not fit.
     """
     trained = densenet.load(args.checkpoint) if args.checkpoint else None
     if trained:
-        net = DenseNet(**trained.arguments | {"dropRate": 0.0}, efficient=False)  # no two would drop the same
+        # no dropout: two networks would drop different values
+        net = DenseNet(**trained.arguments | {"dropRate": 0.0}, efficient=False)
         net.load_state_dict(trained.state_dict())
     else:
         torch.manual_seed(args.seed)
@@ -178,7 +180,8 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
         return net, torch.randn(n, a["inChannels"], 32, 32), torch.randint(a["nClasses"], (n,))
     images, labels, classes = data.load("cifar10", args.data)[0]
     if (a["inChannels"], a["nClasses"]) != (images.shape[1], len(classes)) or not a["smallInputs"]:
-        raise ValueError(f"--checkpoint {args.checkpoint} is for other images than those of --data {args.data}")
+        raise ValueError(f"--checkpoint {args.checkpoint} is for {a['nClasses']} classes and {a['inChannels']} channels"
+                         f"{'' if a['smallInputs'] else ' of large images'}, not for the images of --data {args.data}")
     if n > len(images):
         raise ValueError(f"--batchSz {n} is more than the {len(images)} training images; valid is at most that")
     mean, std = (trained.mean, trained.std) if trained else torch.tensor(data.mean_and_std(images))[..., None, None]
@@ -186,29 +189,10 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
     return net, (images[batch] / 255 - mean) / std, labels[batch]
 
 
-# --- the network in two implementations -------------------------------------------------------------------------
-
-def torchvision_net(net: DenseNet) -> nn.Module:
-    """torchvision's DenseNet, with CIFAR's first convolution and our weights."""
-    a, width = net.arguments, net.conv1.out_channels
-    blocks = tuple(len(block) for block in parts_of(net, DenseBlock).values())
-    theirs = torchvision.models.DenseNet(a["growthRate"], blocks, width, a["bnSize"], num_classes=a["nClasses"])
-    theirs.features.conv0 = nn.Conv2d(a["inChannels"], width, kernel_size=3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        setattr(theirs.features, name, nn.Identity())
-    theirs.load_state_dict(net.torchvision_state_dict())
-    return theirs
-
-
-def check_torchvision_has(net: DenseNet, against: str) -> None:
-    halves = all(t.conv1.out_channels == t.conv1.in_channels // 2 for t in parts_of(net, Transition).values())
-    if not net.arguments["bottleneck"] or not halves:
-        raise ValueError(f"--against {against}: torchvision's DenseNet has bottlenecks and reduction 0.5 only; valid "
-                         "for this network are plain, cuda, cudnn-off, channels_last, compile")
-
+# --- the comparison ---------------------------------------------------------------------------------------------
 
 def keys(net: DenseNet) -> Iterator[Key]:
-    """All that could be compared, in order of computation."""
+    """-> all tensors that can be compared, in order of computation: forward, then backward"""
     for name, module in layers_of(net):
         if name == "fc":
             yield Key("features", "state", "features")
@@ -223,101 +207,18 @@ def keys(net: DenseNet) -> Iterator[Key]:
     yield Key("images", "gradient", "images")
 
 
-# --- one pass ---------------------------------------------------------------------------------------------------
-
-class Record(dict):
-    """(kind, name) -> what a forward and backward pass left, on the CPU"""
-
-    def put(self, kind: str, name: str, value: torch.Tensor) -> None:
-        self[kind, name] = value.detach().to("cpu", copy=True)
-
-    def put_state(self, name: str, value: torch.Tensor, channels: slice = slice(None)) -> None:
-        """These channels, now, and their gradient, when the backward pass comes to it."""
-        self.put("state", name, value[:, channels])
-        value.register_hook(lambda grad: self.put("gradient", name, grad[:, channels]))
-
-
-def run(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, fault: str | None) -> Record:
-    """Raises RuntimeError if a dense block took another path than asked for."""
-    record, model = Record(), build(side, net)
-    images = images.to(side.device, side.dtype, memory_format=side.memory_format).detach().requires_grad_()
-    if not side.path and not side.compiled:
-        watch(model, net, side, record)
-    forward = torch.compile(model) if side.compiled else model
-    target = target_of(model) if fault else None
-    with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32's 10 bits would hide a difference
-          injected(fault, target, bool(side.path))):
-        with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
-            output = forward(images)
-            output = F.log_softmax(output, 1) if side.torchvision else output
-            loss = F.nll_loss(output, labels.to(side.device))
-        if not side.torchvision and not side.compiled:
-            check_path(model, side.path)
-        if side.path:
-            unfold(model, output, record)
-        loss.backward()
-    record.put("state", "output", output)
-    record.put("state", "loss", loss)
-    record.put("gradient", "images", images.grad)
-    note_parameters_and_statistics(model, net, side, record)
-    return record
-
-
-def build(side: Side, net: DenseNet) -> nn.Module:
-    model = torchvision_net(net) if side.torchvision else copy.deepcopy(net)
-    model.efficient = side.path
-    for buffer in model.buffers():
-        buffer.zero_()  # so that one step leaves momentum times its own statistics
-    return model.train().to(side.device, side.dtype).to(memory_format=side.memory_format)
-
-
-def watch(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
-    """Hooks every layer. What a dense layer adds are its output's last k channels; torchvision's gives no others."""
-    for name, module in layers_of(net):
-        dense = isinstance(module, (Bottleneck, SingleLayer))
-        channels = slice(-net.arguments["growthRate"], None) if dense else slice(None)
-
-        def note(_, inputs: tuple[torch.Tensor], output: torch.Tensor, name=name, channels=channels) -> None:
-            if name == "fc":
-                record.put_state("features", inputs[0])
-            record.put_state(name, output, channels)
-
-        model.get_submodule(torchvision_name(name) if side.torchvision else name).register_forward_hook(note)
-
-
-def unfold(model: DenseNet, output: torch.Tensor, record: Record) -> None:
-    """The efficient path's states, rebuilt from what its blocks keep for the backward pass: x = xhat / rstd + mean."""
-    nodes = [node for node in operations(output) if "EfficientBlock" in node.name()][::-1]
-    transitions, k = parts_of(model, Transition), model.arguments["growthRate"]
-    norms = [*(transition.bn1 for transition in transitions.values()), model.bn1]
-    blocks = parts_of(model, DenseBlock).items()
-    for (name, block), before, norm, node in zip(blocks, ["conv1", *transitions], norms, nodes, strict=True):
-        xhat, rstd, *_ = node.saved_tensors[node.nParameters:]
-        x = xhat / rstd[:, None, None] + (norm.running_mean / norm.momentum)[:, None, None]
-        width = norm.num_features - k * len(block)
-        record.put("state", before, x[:, :width])
-        for i, new in enumerate(x[:, width:].split(k, 1)):
-            record.put("state", f"{name}.{i}", new)
-        node.register_hook(lambda grads, _, before=before: record.put("gradient", before, grads[0]))
-
-
-def note_parameters_and_statistics(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
-    ours = {torchvision_name(name) if side.torchvision else name: name for name in net.state_dict()}
-    for name, p in model.named_parameters():  # a lost gradient counts as zeros
-        record.put("parameter", ours[name], torch.zeros_like(p) if p.grad is None else p.grad)
-    for name, buffer in model.named_buffers():
-        record.put("statistic", ours[name], buffer)
-
-
-# --- the comparison ---------------------------------------------------------------------------------------------
-
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """-> the largest |a - b|, divided by the largest |b|"""
     a, b = a.double(), b.double()
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
 
 
 def compare(net: DenseNet, records: list[Record | None], floor: float) -> list[Row]:
-    """Rounding adds up on the way, so a limit is FACTOR times the reference's largest error of that kind so far."""
+    """-> a row for each tensor that was recorded, in order of computation
+
+    The limit is FACTOR times the reference's largest error so far of tensors of the same kind, and at least FACTOR
+    times ``floor``: rounding errors accumulate from layer to layer.
+    """
     tested, reference, yardstick, exact = records
     so_far, rows = {}, []
     for layer, kind, name in keys(net):
@@ -334,20 +235,20 @@ def compare(net: DenseNet, records: list[Record | None], floor: float) -> list[R
 
 def compare_sides(args: argparse.Namespace, net: DenseNet, images: torch.Tensor, labels: torch.Tensor) -> list[Row]:
     settle_kinks(net.double(), images.double())
-    net.float()  # the same weights for all: numbers that float32 has
-    chosen = sides(args)
-    records = [side and run(side, net, images, labels, args.inject if side in (chosen[0], chosen[3]) else None)
-               for side in chosen]
-    if chosen[0].autocast:
+    net.float()  # so that the weights are the same in float32 and float64
+    tested, reference, yardstick, exact = sides(args)
+    records = [record(tested, net, images, labels, args.inject), record(reference, net, images, labels, None),
+               record(yardstick, net, images, labels, None), exact and record(exact, net, images, labels, args.inject)]
+    if tested.autocast:
         return compare(net, records, torch.finfo(torch.bfloat16).eps)
-    m = images.numel() / images.shape[1]  # what a statistic sums up: one by one, that may cost sqrt(m) roundings
+    m = images.numel() / images.shape[1]  # values in a channel: the rounding error of their sum grows with sqrt(m)
     return compare(net, records, torch.finfo(torch.float32).eps * math.sqrt(m))
 
 
 # --- results ----------------------------------------------------------------------------------------------------
 
 def by_layer(net: DenseNet, rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Layer -> its rows of the forward and of the backward pass"""
+    """-> layer -> its rows of the forward pass, and of the backward pass"""
     found = {layer: ([], []) for layer in ["images", *(key.layer for key in keys(net))]}
     for row in rows:
         found[row.layer][row.kind in ("gradient", "parameter")].append(row)
@@ -428,15 +329,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         if reason := missing(args.against):
-            print(f"skipped {args.against}: {reason}")
+            print(cli.printable(f"skipped {args.against}: {reason}"))
             return 0
         net, images, labels = load(args)
         tested, reference, *_ = sides(args)
         if reference.torchvision:
             check_torchvision_has(net, args.against)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2, "compare_grads.py")
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the weights
         return fail(error, 2, "compare_grads.py")
-    title = f"{describe(net)}: {AGAINST[args.against]}" + f"; injected: {args.inject}" * bool(args.inject)
+    title = f"{describe(net)}: {AGAINST[args.against]}{f'; injected: {args.inject}' if args.inject else ''}"
     print(title)
     try:
         rows = compare_sides(args, net, images, labels)

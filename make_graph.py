@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draw a network: ./make_graph.py --graph {modules,autograd,block,reuse} [flags]
 
-modules: its layers, how they connect and what shapes pass. autograd: every operation of its backward pass. Both write
-graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one dense block, as .svg and .png. reuse: how
-much each layer of a trained network reads from the layers before it (paper, figure 5), as .svg and .png.
+modules: its layers, their connections and the shapes of their outputs. autograd: every operation of its backward pass.
+Both write graph-<kind>.dot and, where Graphviz is installed, .svg and .png. block: one dense block, as .svg and .png.
+reuse: how much each layer of a trained network reads from the layers before it (paper, figure 5), as .svg and .png.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from lib.figures import COLOURS  # before matplotlib, see there
+
+# isort: split
 import matplotlib.style
 import torch
 import torch.nn as nn
@@ -29,17 +32,16 @@ from matplotlib.path import Path as Curve
 from torch.autograd.graph import Node, get_gradient_edge
 
 from densenet import DenseBlock, DenseNet, Transition
-from lib.cli import Parser, add_network_flags, fail, network_arguments, number
-from lib.figures import COLOURS
+from lib.cli import Parser, add_network_flags, fail, network_arguments, number, path, tell
 from lib.files import replace_file
 from lib.layers import operations
 from lib.reuse import draw_reuse, load_network, reuse_maps
 
 IMAGE = (1, 3, 32, 32)  # one of CIFAR's
-DOT_SECONDS = 120  # depth 250 takes 2
+DOT_SECONDS = 120  # a network of depth 250 takes 2
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
 CENTRED = {"ha": "center", "va": "center"}
-STYLE = {"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}  # the salt: the same file from run to run
+STYLE = {"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}  # a fixed salt: the same file in every run
 TIMES = "\N{MULTIPLICATION SIGN}"
 FILL = {"Convolution": SAND, "EfficientBlock": SAND, "Cat": PALE_GREEN}
 NOTE = {"modules": "the blue line carries all channels so far: each layer reads them and adds its own",
@@ -57,22 +59,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--graph", choices=("autograd", "modules", "block", "reuse"), default="modules", help="default: %(default)s")
     add("--efficient", choices=("no", "yes"), default="no",
-        help="autograd only. no: the textbook's operations; yes: the efficient block, one operation (default: no)")
+        help="autograd only. no: the textbook's dense block, layer by layer; yes: the efficient dense block, which is "
+             "one operation (default: no)")
     add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
         help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
-    add("--checkpoint", metavar="FILE",
+    add("--checkpoint", metavar="FILE", type=path,
         help="reuse only: the trained network, as train.py saves it; the flags of the network may be left out")
     add("--untrained", action="store_true",
         help="reuse only: the checkpoint's network at its first weights instead, as a control")
-    add("--out", metavar="FILE", default=".",
-        help="an existing directory, or the files' path without suffix (default: ./graph-<kind>)")
+    add("--out", metavar="FILE", type=path, default=".",
+        help="an existing directory, or the path of the files without suffix (default: ./graph-<kind>)")
     add_network_flags(parser.add_argument_group("network (block takes --layers instead of --depth)"), depth=100)
     return parser
 
 
 def stem_of(out: str, kind: str) -> Path:
-    """Refuses before anything is drawn what could not be written afterwards."""
-    stem = Path(out, f"graph-{kind}") if os.path.isdir(out or ".") or out.endswith("/") else Path(out)
+    """-> the path of the files without suffix. Raises ValueError if they could not be written."""
+    stem = Path(out, f"graph-{kind}") if os.path.isdir(out) or out.endswith("/") else Path(out)
     stem = stem.with_suffix("") if stem.suffix in (".dot", ".svg", ".png") else stem
     if not os.path.isdir(stem.parent):
         raise ValueError(f"--out {out}: there is no directory {stem.parent}; valid are paths in an existing one")
@@ -85,7 +88,7 @@ def make_net(args: argparse.Namespace) -> DenseNet:
     arguments, efficient = network_arguments(args), args.graph == "autograd" and args.efficient == "yes"
     if args.graph == "block":
         arguments["depth"] = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
-    with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes, without the numbers
+    with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes, no values
         return DenseNet(**arguments, efficient=efficient)
 
 
@@ -96,13 +99,13 @@ def quote(text: object) -> str:
 
 
 def line(*names: str, **attributes: object) -> str:
-    """A node, or an edge from one to another."""
+    """-> the statement for a node (one name) or an edge (two names)"""
     values = ", ".join(f"{name}={quote(value)}" for name, value in attributes.items())
     return f"{' -> '.join(map(quote, names))} [{values}];"
 
 
 def run_dot(text: str, suffix: str) -> bytes:
-    """Raises RuntimeError if dot fails."""
+    """-> the drawing, as .svg or .png. Raises RuntimeError if dot fails."""
     command = ["dot", f"-T{suffix}", f"-Gdpi={150 if suffix == 'png' else 72}"]
     try:
         dot = subprocess.run(command, input=text.encode(), capture_output=True, timeout=DOT_SECONDS)
@@ -123,23 +126,23 @@ def name_of(operation: Node) -> str:
 
 
 def autograd_graph(net: DenseNet) -> list[str]:
-    """Operations by the names of their gradients' functions, and parameters; edges run towards the output."""
+    """-> .dot statements: operations, named by their backward functions, and parameters; edges lead to the output"""
     image = torch.zeros(IMAGE, device=net.fc.weight.device, requires_grad=True)
     leaves = {image: "image"} | {parameter: name for name, parameter in net.named_parameters()}
     output = net(image)
     names, statements = {}, [line("output", label=f"output\n{tuple(output.shape)}")]
     for i, operation in enumerate(operations(output)):
-        leaf = getattr(operation, "variable", None)  # that an AccumulateGrad accumulates for
+        leaf = getattr(operation, "variable", None)  # AccumulateGrad's parameter or image
         names[operation] = name = f"operation {i}" if leaf is None else leaves[leaf]
         label = operation.name() if leaf is None else f"{name}\n{tuple(leaf.shape)}"
         fill = FILL.get(name_of(operation), "white") if leaf is None else PALE_BLUE
         statements.append(line(name, label=label, fillcolor=fill))
     statements.append(line(names[output.grad_fn], "output"))
     if net.efficient:
-        statements.append("rankdir=LR;")  # a block's many parameters below each other, not abreast
+        statements.append("rankdir=LR;")  # the many parameters of a block in a column, not in a row
     for operation, name in names.items():
         for i, (source, _) in enumerate(operation.next_functions):
-            weight = 50 if i == 0 and name_of(operation) == "Cat" else 1  # what passes by layers: a straight line
+            weight = 50 if i == 0 and name_of(operation) == "Cat" else 1  # keeps the line past the layers straight
             if source is not None:
                 statements.append(line(names[source], name, weight=weight))
     return statements
@@ -152,19 +155,22 @@ def origin(tensor: torch.Tensor) -> Node:
 
 
 def caption(name: str, layer: nn.Module) -> str:
-    """Its convolutions' kernels and the channels that they make."""
+    """Such as "dense1.0  1x1→48, 3x3→12": kernel sizes and output channels of its convolutions."""
     parts = [f"{TIMES.join(map(str, conv.kernel_size))}→{conv.out_channels}"
              for conv in layer.modules() if isinstance(conv, nn.Conv2d)] or [type(layer).__name__]
     return f"{name}  {', '.join(parts)}{', pool' if isinstance(layer, Transition) else ''}"
 
 
 class Layers:
-    """Layers, joined where the backward graph of a real forward pass leads from one's input to another's output."""
+    """The .dot statements of a network's layers, collected by forward hooks.
+
+    Edges come from the backward graph of a real forward pass: a layer is connected to the one that made its input.
+    """
 
     def __init__(self, image: torch.Tensor, most_channels: int):
-        self.per_point = most_channels / 6  # channels, for each point of a line's width
-        self.maker: dict[Node, str] = {}  # of each tensor
-        self.heads: list[str] = []  # what stands above each block, which is a column
+        self.per_point = most_channels / 6  # channels per point of line width
+        self.maker: dict[Node, str] = {}  # backward node of a tensor -> name of the .dot node that made it
+        self.heads: list[str] = []  # the node above each block; a block is a column
         self.blocks: dict[str, list[str]] = {}
         self.statements: list[str] = []
         self.add("image", "image", image)
@@ -175,7 +181,7 @@ class Layers:
         self.maker[origin(output)] = name
 
     def source(self, tensor: torch.Tensor) -> str:
-        """The node that made the tensor; what the network does outside of layers gets its own here."""
+        """-> the node that made the tensor; operations outside of layers (ReLU, mean) get a node of their own here"""
         operation, between = origin(tensor), []
         while operation not in self.maker:
             between.insert(0, name_of(operation))
@@ -187,7 +193,7 @@ class Layers:
 
     def add_plain(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         source, climbs = self.source(inputs[0]), isinstance(layer, Transition)
-        if climbs:  # to the next column's head: for dot, an edge down from there
+        if climbs:  # up to the next column: written backwards, since dot draws edges downwards
             self.statements.append(line(name, source, dir="back", tailport="w", headport="e", weight=0))
         else:
             self.statements.append(line(source, name))
@@ -196,7 +202,10 @@ class Layers:
         self.add(name, caption(name, layer), output, fillcolor=SAND)
 
     def add_dense(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        """The layer's input passes by it, as a line that widens with the channels; its own channels join there."""
+        """Two nodes: the layer, and a joint where its new channels join its input, which bypasses it.
+
+        The line that bypasses it is as wide as the input has channels.
+        """
         joint = f"{name} cat"
         self.blocks.setdefault(name.split(".")[0], []).extend((name, joint))
         self.statements += [line(name, label=caption(name, layer), fillcolor=PALE_BLUE),
@@ -209,7 +218,7 @@ class Layers:
         self.add(joint, "", output, fontsize=9, color=COLOURS[0], height=0.15, margin="0.04,0.01")
 
     def arrangement(self) -> list[str]:
-        """A frame for each block, and their heads side by side."""
+        """-> a frame around each block, and the heads of the columns side by side"""
         style = 'labeljust=l; labelloc=b; style="filled,rounded"; color="#F3F3F3"'
         frames = [f"subgraph {quote(f'cluster {block}')} {{ {style}; label={quote(block)}; "
                   f"{'; '.join(map(quote, members))}; }}" for block, members in self.blocks.items()]
@@ -231,7 +240,7 @@ def modules_graph(net: DenseNet) -> list[str]:
 # --- one block, in pixels ---------------------------------------------------------------------------------------
 
 def draw_stack(axes: Axes, i: int, channels: int, k: int) -> None:
-    """x_i: a sheet for each channel, or for several where k is above 12."""
+    """x_i, as a stack of sheets: one for each channel, but at most 12 for every k channels."""
     sheets, middle = min(channels, 12 * channels // k), 110 + 300 * i
     step = 38 * channels / k / sheets
     for sheet in range(sheets):
@@ -245,7 +254,7 @@ def draw_stack(axes: Axes, i: int, channels: int, k: int) -> None:
 
 
 def draw_function(axes: Axes, i: int, name: str, fontsize: int, numbers: str) -> None:
-    """What stands between x_i and x_(i+1)."""
+    """The box between x_i and x_(i+1), and the arrow from it."""
     x = 214 + 300 * i
     axes.add_patch(FancyBboxPatch((x, 150), 108, 130, boxstyle="round,pad=0,rounding_size=12", facecolor="#F4F4F4",
                                   edgecolor=INK, linewidth=1.3))
@@ -256,15 +265,15 @@ def draw_function(axes: Axes, i: int, name: str, fontsize: int, numbers: str) ->
 
 
 def draw_connections(axes: Axes, i: int, channels: list[int], unit: float) -> None:
-    """x_0, ..., x_i, side by side as what the function behind x_i reads, and an arc to each."""
+    """Above the function after x_i: its input, as coloured parts x_0 to x_i side by side, and an arc to each part."""
     n, x = len(channels), 268 + 300 * i + unit * sum(channels[:i + 1]) / 2
     for j in range(i + 1):
         x -= unit * channels[j]
         axes.add_patch(Rectangle((x, 287), unit * channels[j], 16, facecolor=COLOURS[j], edgecolor="white"))
         start, end = 122 + 300 * j + min(11, 44 / (n - 1)) * ((n - 1 + j) / 2 - i), x + unit * channels[j] / 2
-        top = (70 + 245 * (i - j) / (n - 1)) / 0.75  # a cubic curve climbs to 3/4 of its middle points
+        top = (70 + 245 * (i - j) / (n - 1)) / 0.75  # a cubic Bezier curve reaches 3/4 of its control points' height
         arc = Curve([(start, 260), (start, 260 + top), (end, 260 + top), (end, 306)], [1, 4, 4, 4])
-        above = 1 + 0.1 * j - 0.01 * i  # white below its colour: a line seems to pass over those that it crosses
+        above = 1 + 0.1 * j - 0.01 * i  # a white rim: the line seems to pass over those it crosses
         axes.add_patch(FancyArrowPatch(path=arc, arrowstyle="-", color="white", linewidth=6, zorder=above))
         axes.add_patch(FancyArrowPatch(path=arc, arrowstyle="-|>,head_length=.42,head_width=.2", mutation_scale=16,
                                        color=COLOURS[j], linewidth=2.6, zorder=above + 0.005))
@@ -324,8 +333,8 @@ def write_graph(graph: str, net: DenseNet, stem: Path) -> None:
     """Raises RuntimeError, with one line for the user."""
     text = write_dot(graph, net, stem)
     if not shutil.which("dot"):
-        print("make_graph.py: Graphviz's dot was not found, so there is no .svg and no .png; install graphviz for them "
-              "(with apt, brew or conda)", file=sys.stderr)
+        tell("Graphviz's dot was not found, so there is no .svg and no .png; install graphviz for them (with apt, brew "
+             "or conda)", "make_graph.py")
         return
     for suffix in ("svg", "png"):
         replace_file(Path(f"{stem}.{suffix}"), run_dot(text, suffix))
@@ -346,7 +355,7 @@ def prepare(args: argparse.Namespace, explicit: dict[str, object]) -> Callable[[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 done, 2 refused before anything was written, 1 failed later"""
+    """-> exit status: 0 all files written, 2 bad input and nothing written, 1 failed later"""
     try:
         args, explicit = get_args_parser().parse(argv)
         stem = stem_of(args.out, args.graph + "-untrained" * args.untrained)

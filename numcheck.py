@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compare every gradient with numerical differentiation: ./numcheck.py checks what really runs, in float64.
+"""Check gradients by numerical differentiation: ./numcheck.py compares the backward pass with central differences.
 
-Both layers with convolution and concatenation, the transition, the efficient block and a whole network with its loss.
-Prints a table; --plot draws error against step size. Exit status: 0 all agree, 1 one does not, 2 refused.
+In float64: both kinds of dense layer, the transition, the efficient dense block, and a whole network with its loss.
+Prints a table; --plot draws error against step size. Exit status: 0 all agree, 1 a gradient differs or the check could
+not be completed, 2 bad input.
 """
 
 import argparse
@@ -12,6 +13,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from lib.figures import COLOURS, STYLE, png_of  # before matplotlib, see there
+
+# isort: split
 import matplotlib.style
 import torch
 import torch.nn as nn
@@ -23,24 +27,23 @@ import densenet
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 from lib.cli import Parser, add_network_flags, fail, network_arguments, number
 from lib.faults import WRONG_GRADIENTS, add_inject_flag, injected, target_of
-from lib.figures import COLOURS, STYLE, png_of
 from lib.files import new_file, replace_file
 from lib.layers import PATHS, check_path, describe, layers_of, settle_kinks
 
-STEPS = (1e-6, 1e-5, 1e-7)  # a larger one is less linear, a smaller one drowns in rounding: see --plot
+STEPS = (1e-6, 1e-5, 1e-7)  # larger steps have more truncation error, smaller ones more rounding error: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
-LIMIT = 1e-7  # of the gradient's norm: a right one comes to 1e-8 at most, the faults of --inject to 1e-3 and more
-ENOUGH = LIMIT / 10  # an error that needs no other step
-DIRECTIONS = 2  # random ones, for each layer of a whole network
+LIMIT = 1e-7  # of errors relative to the gradient's norm: correct gradients stay below 1e-8, --inject's exceed 1e-3
+ENOUGH = LIMIT / 10  # with an error this small, no other step is tried
+DIRECTIONS = 2  # random directions for each layer of a whole network: single elements would take too long
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("numcheck.py", __doc__)
     parser.add_argument("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
-                        help="draw error against step size: it falls with the square of the step, then rises as "
-                             "rounding takes over, if the check is sound")
+                        help="draw error against step size; for correct gradients it falls with the square of the "
+                             "step until rounding error makes it rise")
     parser.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
-                        help="of weights and images (default: %(default)s)")
+                        help="seed of the weights and images (default: %(default)s)")
     add_inject_flag(parser, WRONG_GRADIENTS)
     add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     return parser
@@ -55,26 +58,29 @@ def make_net(args: argparse.Namespace, **more) -> DenseNet:
 # --- differences ------------------------------------------------------------------------------------------------
 
 class Group(NamedTuple):
-    """What is moved together: a tensor by one element at a time, or a layer's tensors in random directions."""
+    """Tensors and the directions along which their gradient is checked."""
     name: str
     tensors: list[torch.Tensor]
-    directions: list[list[torch.Tensor]]
+    directions: list[list[torch.Tensor]]  # for each direction, a tensor of each tensor's shape
 
 
 class Case(NamedTuple):
+    """A line of the table: a loss, and what its gradient is checked for."""
     name: str
     loss: Callable[[], torch.Tensor]
     groups: list[Group]  # in order of computation
-    fault: contextlib.AbstractContextManager
+    fault: contextlib.AbstractContextManager  # puts in the fault of --inject, if there is one
 
 
 class Result(NamedTuple):
+    """The errors of a group's gradient."""
     group: str
-    nDirections: int
-    errors: dict[float, float]  # step -> the largest, relative to the gradient's norm
+    n_directions: int
+    errors: dict[float, float]  # step -> the largest error of all directions, relative to the gradient's norm
 
     @property
     def step(self) -> float:
+        """The step with the smallest error"""
         return min(self.errors, key=self.errors.get)
 
     @property
@@ -83,10 +89,11 @@ class Result(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        return not self.error <= LIMIT  # not a number, too
+        return not self.error <= LIMIT  # also true for NaN
 
 
 def elements(name: str, tensor: torch.Tensor) -> Group:
+    """Every element of the tensor by itself."""
     unit = torch.eye(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return Group(name, [tensor], [[row.view_as(tensor)] for row in unit])
 
@@ -98,7 +105,7 @@ def random_directions(name: str, tensors: list[torch.Tensor], n: int = DIRECTION
 @torch.no_grad()
 def slope(loss: Callable[[], torch.Tensor], tensors: list[torch.Tensor], direction: list[torch.Tensor],
           step: float) -> float:
-    """The central difference (loss(t + step d) - loss(t - step d)) / 2 step"""
+    """-> (loss(t + step d) - loss(t - step d)) / (2 step), the central difference along the direction d"""
     before = [t.clone() for t in tensors]
     values = []
     for signed in (step, -step):
@@ -109,7 +116,7 @@ def slope(loss: Callable[[], torch.Tensor], tensors: list[torch.Tensor], directi
 
 
 def check_group(loss: Callable[[], torch.Tensor], group: Group, steps: Iterable[float], enough: float) -> Result:
-    """Errors for one step after the other, until one is small enough."""
+    """Tries the steps one after the other, until the error is at most ``enough``."""
     grad = torch.autograd.grad(loss(), group.tensors)
     norm = max(math.sqrt(sum(g.square().sum().item() for g in grad)), 1e-300)
     exact = [sum((g * d).sum().item() for g, d in zip(grad, way, strict=True)) for way in group.directions]
@@ -123,8 +130,9 @@ def check_group(loss: Callable[[], torch.Tensor], group: Group, steps: Iterable[
 
 
 def check(case: Case, plotted: bool) -> tuple[list[Result], dict[float, float]]:
-    """-> a result for each group, in the order in which the backward pass comes to them; then, if it is to be plotted,
-    step -> error in random directions of all tensors together"""
+    """-> a result for each group, in order of the backward pass; for the figure, the error of all tensors together in
+    random directions at each step, or an empty dict if not ``plotted``
+    """
     with case.fault:
         results = [check_group(case.loss, group, STEPS, ENOUGH) for group in reversed(case.groups)]
         if not plotted:
@@ -133,16 +141,17 @@ def check(case: Case, plotted: bool) -> tuple[list[Result], dict[float, float]]:
         return results, check_group(case.loss, everything, PLOTTED_STEPS, enough=0).errors
 
 
-# --- what is checked --------------------------------------------------------------------------------------------
+# --- cases ------------------------------------------------------------------------------------------------------
 
 def prepare(module: nn.Module, x: torch.Tensor, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """-> both in float64 on the device, with no input of a ReLU near zero"""
     module, x = module.double().to(device), x.double().to(device)
     settle_kinks(module, x)
     return module, x.requires_grad_()
 
 
 def module_case(module: nn.Module, fault: str | None, device: str) -> Case:
-    """A layer or a transition, by every element of its input and parameters."""
+    """A dense layer or a transition: every element of its input and parameters."""
     module, x = prepare(module, torch.randn(2, module.bn1.num_features, 4, 4), device)
     weights = torch.randn_like(module(x))
     groups = [elements("input", x), *(elements(*item) for item in module.named_parameters())]
@@ -150,19 +159,19 @@ def module_case(module: nn.Module, fault: str | None, device: str) -> Case:
 
 
 def block_case(layer: type, recompute: bool, fault: str | None, device: str) -> Case:
-    """The efficient block, with batch norm and pooling behind it, by every element of its input and parameters."""
+    """The efficient block with the batch norm and pooling after it: every element of its input and parameters."""
     block = DenseBlock(layer(3, 2), layer(5, 2))
     both, x = prepare(nn.Sequential(block, nn.BatchNorm2d(7)), torch.randn(2, 3, 4, 4), device)
     weights = torch.randn(2, 7, 2, 2, dtype=x.dtype, device=device)
     groups = [elements("input", x), *(elements(f"layer {name}", p) for name, p in block.named_parameters()),
               *(elements(f"last norm's {name}", p) for name, p in both[1].named_parameters())]
-    return Case(f"efficient block of {layer.__name__}" + ", max" * recompute,
+    return Case(f"efficient block of {layer.__name__}{', max' if recompute else ''}",
                 lambda: (densenet.efficient_block(*both, x, (2, 2), recompute) * weights).sum(), groups,
                 injected(fault, block[1], efficient=True))
 
 
 def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -> Case:
-    """A whole network with its loss, layer by layer in random directions."""
+    """A whole network with its loss: random directions of the input and of each layer's parameters."""
     net, x = prepare(make_net(args, efficient=efficient), torch.randn(4, 3, 8, 8), device)
     labels = torch.randint(10, (4,), device=device)
 
@@ -187,28 +196,28 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
 
 
 def backends() -> Iterator[tuple[str, str, contextlib.AbstractContextManager]]:
-    """-> name, device, context. The fault that started it all, pytorch #708, was in cuDNN alone."""
+    """-> name, device, context. Without cuDNN too: a wrong gradient may be cuDNN's alone, as in pytorch issue 708."""
     yield "CPU", "cpu", contextlib.nullcontext()
     if torch.cuda.is_available():
         yield "CUDA, cuDNN on", "cuda", torch.backends.cudnn.flags(enabled=True)
         yield "CUDA, cuDNN off", "cuda", torch.backends.cudnn.flags(enabled=False)
     else:
-        print("\nskipped CUDA with cuDNN on and off: this machine has no GPU")
+        print("\nskipped CUDA with cuDNN on and off: this machine has no GPU that PyTorch can use")
 
 
 # --- results ----------------------------------------------------------------------------------------------------
 
 def print_case(name: str, results: list[Result]) -> None:
     shown = next((r for r in results if r.differs), max(results, key=lambda r: r.error))
-    print(f"{name:36}{sum(r.nDirections for r in results):6}  {shown.error:7.1e}  {shown.step:5.0e}  "
+    print(f"{name:36}{sum(r.n_directions for r in results):6}  {shown.error:7.1e}  {shown.step:5.0e}  "
           f"{'DIFFERS' if shown.differs else 'ok':7}  {shown.group}", flush=True)
 
 
 def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, dict[float, float]]]:
-    """-> all results with their cases, printed; the curves of the figure"""
+    """Prints the tables. -> all results with the names of their cases; case -> its curve in the figure, on the CPU"""
     found, curves = [], {}
     for backend, device, context in backends():
-        print(f"\n{backend:36}checks    error   step  verdict  largest, or first that differs, in")
+        print(f"\n{backend:36}checks    error   step  verdict  first gradient that differs, or largest error")
         with context:
             for case in cases(args, device):
                 results, errors = check(case, plotted=bool(args.plot) and device == "cpu")
@@ -219,19 +228,19 @@ def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, d
 
 
 def verdict(found: list[tuple[str, Result]]) -> tuple[str, bool]:
-    """-> what to tell; whether all agree"""
+    """-> the last line of the output; whether all agree"""
     for case, result in found:
         if result.differs:
             return (f"first difference: {case}, gradient of {result.group}: error {result.error:.1e}, "
                     f"limit {LIMIT:.0e}"), False
-    return (f"all {sum(result.nDirections for _, result in found)} checks agree: the largest error is "
+    return (f"all {sum(result.n_directions for _, result in found)} checks agree: the largest error is "
             f"{max(result.error for _, result in found):.1e} of the gradient's norm, limit {LIMIT:.0e}"), True
 
 
 def draw(axes: Axes, title: str, curves: dict[str, dict[float, float]]) -> None:
     axes.axhline(LIMIT, color="0.3", linewidth=0.9, linestyle="--")
     axes.annotate("limit", (PLOTTED_STEPS[0], LIMIT), (0, 3), textcoords="offset points", fontsize=8.5, ha="right")
-    for (name, errors), colour, width in zip(curves.items(), COLOURS, (4, 2.4, 1), strict=False):  # one over another
+    for (name, errors), colour, width in zip(curves.items(), COLOURS, (4, 2.4, 1), strict=False):  # curves may coincide
         axes.plot(errors.keys(), errors.values(), color=colour, label=name, linewidth=width, marker="o",
                   markersize=1.3 * width)
     for x, y, name in (((1e-10, 1e-7), (1e-9, 1e-12), "1 / step"), ((1e-5, 10**-3.5), (1e-13, 1e-10), "step²")):
@@ -258,12 +267,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = get_args_parser().parse_args(argv)
         net = make_net(args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the weights
         return fail(error, 2, "numcheck.py")
-    print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}" +
-          f"; injected: {args.inject}" * bool(args.inject))
+    injected_fault = f"; injected: {args.inject}" if args.inject else ""
+    print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}"
+          f"{injected_fault}")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so little work costs more to share out than to do
+    torch.set_num_threads(1)  # the tensors are small: more threads would only add overhead
     try:
         found, curves = run(args)
         print()

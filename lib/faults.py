@@ -1,4 +1,4 @@
-"""The faults that --inject puts into a layer, so that one can see the tools catch them."""
+"""Known faults for --inject: they are put into one layer, to show that numcheck.py and compare_grads.py catch them."""
 
 import argparse
 import contextlib
@@ -13,23 +13,23 @@ from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer
 from lib.layers import parts_of
 
 FAULTS = {
-    "cat-grad": "one layer sends its gradient back to the parts of the concatenation in the wrong order",
+    "cat-grad": "the backward pass of one layer's concatenation returns the channels in the wrong order",
     "grad-scale": "the gradient of one layer's first convolution is scaled by 1.01",
-    "bn-no-mean": "batch norm's backward pass lacks its mean term",
-    "cat-order": "one layer reads the concatenation in the wrong order, forward and backward",
-    "stats-twice": "a batch norm's running statistics are updated twice a step",
+    "bn-no-mean": "batch norm's backward pass takes the mean for a constant",
+    "cat-order": "one layer reads the concatenated channels in the wrong order, forward and backward",
+    "stats-twice": "the running statistics of one batch norm are updated twice per step",
 }
-WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others have right gradients, of a wrong function
+WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # with the others, gradients fit the (wrong) forward pass
 
 
 def add_inject_flag(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:
     parser.add_argument("--inject", metavar="FAULT", choices=tuple(faults), default=None,
-                        help="put a known fault into what is checked, to see it caught; FAULT is " +
+                        help="put a known fault into the layers under test, to see that it is caught; FAULT is " +
                              ", ".join(f"{name} ({FAULTS[name]})" for name in faults))
 
 
 def target_of(net: DenseNet) -> nn.Module:
-    """The layer of a network that a fault is put into: halfway through."""
+    """-> the layer that gets the fault: the middle one of the middle block"""
     blocks = [*parts_of(net, DenseBlock).values()]
     block = blocks[len(blocks) // 2]
     return block[len(block) // 2]
@@ -37,7 +37,13 @@ def target_of(net: DenseNet) -> nn.Module:
 
 @contextlib.contextmanager
 def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> Iterator[None]:
-    """A fault in a layer, or in how the efficient block works it. The layer does not recover: give it a copy."""
+    """A context in which ``layer`` has the fault; none if it is None.
+
+    Args:
+        fault: a key of FAULTS.
+        layer: a dense layer or transition. It keeps the fault afterwards unless ``efficient``: pass a copy.
+        efficient: the layer is computed by the efficient block, so the fault goes into the block's functions.
+    """
     if fault == "grad-scale":
         layer.conv1.weight.register_hook(lambda grad: 1.01 * grad)
     elif fault and efficient:
@@ -50,18 +56,23 @@ def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> It
 
 
 def break_layer(fault: str, layer: nn.Module) -> None:
+    """Replaces forward of the layer, or of its last batch norm."""
     norm = getattr(layer, "bn2", layer.bn1)
     forward, normalise = layer.forward, norm.forward
     if fault == "bn-no-mean":
         norm.forward = lambda x: batch_norm_without_mean(norm, x)
     elif fault == "stats-twice":
-        norm.forward = lambda x: (normalise(x), normalise(x))[1]
-    elif isinstance(layer, (Bottleneck, SingleLayer)):  # a transition reads a concatenation, but makes none
+        def normalise_twice(x: torch.Tensor) -> torch.Tensor:
+            normalise(x)
+            return normalise(x)
+
+        norm.forward = normalise_twice
+    elif isinstance(layer, (Bottleneck, SingleLayer)):  # a transition does not concatenate
         layer.forward = lambda x: torch.cat((x, forward(misorder(fault, x))[:, x.shape[1]:]), 1)
 
 
 def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
-    """The concatenation with its last channel first, or unchanged with its gradient so."""
+    """-> x with the last channel moved to the front for cat-order; else x itself, but its gradient is reordered so"""
     if fault == "cat-order":
         return x.roll(1, 1)
     x = x.view_as(x)
@@ -71,22 +82,25 @@ def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm in training mode, (N, C, H, W) -> the same, but with no gradient through the mean."""
     with torch.no_grad():
-        type(norm).forward(norm, x)  # for the running statistics
+        type(norm).forward(norm, x)  # updates the running statistics
     x = x - x.mean((0, 2, 3), keepdim=True).detach()
     rstd = (x.square().mean((0, 2, 3), keepdim=True) + norm.eps).rsqrt()
     return x * rstd * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def broken_block(fault: str, layer: nn.Module):
-    """A context in which the efficient block is faulty where it works ``layer``; bn-no-mean: in all layers."""
+    """A context in which the efficient block has the fault where it computes ``layer``; bn-no-mean: in all layers."""
     block, backward = densenet.EfficientBlock, densenet.affine_relu_backward
     normalise_backward, update = densenet.normalise_backward, densenet.update_running_statistics
     first = layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
 
     class Misordered(block):
         @classmethod
-        def apply(cls, x, spec, *parameters):  # a layer's channels in another order: its parameters in another order
+        def apply(cls, x, spec, *parameters):
+            # reading channels in another order is the same as parameters in another order: dimension 0 of batch norm's
+            # (C,), dimension 1 of the convolution's (outputs, C, height, width)
             return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
                                           for p in parameters))
 
@@ -95,7 +109,7 @@ def broken_block(fault: str, layer: nn.Module):
             return backward(pull, dout, xhat, gamma, beta, G, is_first)
         own = [torch.empty_like(g) for g in G]
         sums, grads = backward(pull, dout, xhat, gamma, beta, own, is_first=True)
-        torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # no layer is the first
+        torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # G already holds the gradient from later layers
         return sums.roll(1, 1), grads
 
     def without_mean(G, xhat, rstd, sums, m):

@@ -1,4 +1,4 @@
-"""A network's layers in order of computation, the path that ran, its backward graph, and ReLU's kinks."""
+"""A network's layers in order, the path its dense blocks took, its backward graph, and inputs of ReLU near zero."""
 
 import torch
 import torch.nn as nn
@@ -6,40 +6,46 @@ from torch.autograd.graph import Node
 
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 
-PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's efficient -> a block's last_path
-SHIFT = 0.05  # standard deviations: how far settle_kinks may move a batch norm's output
+PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> DenseBlock.last_path
+SHIFT = 0.05  # settle_kinks moves an output of batch norm by at most so many standard deviations
 
 
 def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
-    """In order of computation."""
+    """-> names and modules of all dense layers and transitions, conv1, bn1 and fc, in order of computation"""
     return [(name, module) for name, module in net.named_modules()
             if isinstance(module, (Bottleneck, SingleLayer, Transition)) or name in ("conv1", "bn1", "fc")]
 
 
 def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
-    """Its dense blocks or its transitions, in order of computation."""
+    """-> name and module of each direct child of this type (DenseBlock, Transition), in order of computation"""
     return {name: module for name, module in net.named_children() if isinstance(module, kind)}
 
 
 def check_path(net: DenseNet, path: bool | str) -> None:
-    """Raises RuntimeError if a dense block took another path: what is checked then says nothing of this one."""
+    """Raises RuntimeError if a dense block did not take ``path`` (a key of PATHS) in the last forward pass.
+
+    Without this, a check of the efficient block could pass although only the textbook's layers ran.
+    """
     for name, block in parts_of(net, DenseBlock).items():
         if block.last_path != PATHS[path]:
-            raise RuntimeError(f"{name} took the {block.last_path} path; to be checked was the {PATHS[path]} path")
+            raise RuntimeError(f"{name} took the {block.last_path} path instead of the {PATHS[path]} path, so the "
+                               "check says nothing")
 
 
 def describe(net: DenseNet) -> str:
+    """Such as "DenseNet-BC L=100 k=12": B is for bottleneck, C for compression, L the depth, k the growth rate."""
     a = net.arguments
-    letters = "B" * a["bottleneck"] + "C" * (a["reduction"] < 1)
+    letters = ("B" if a["bottleneck"] else "") + ("C" if a["reduction"] < 1 else "")
+    name = f"DenseNet-{letters}" if letters else "DenseNet"
     size = f"L={a['depth']}" if a["depth"] else f"blocks {a['blockConfig']}"
-    return f"DenseNet{'-' * bool(letters)}{letters} {size} k={a['growthRate']}"
+    return f"{name} {size} k={a['growthRate']}"
 
 
 def operations(output: torch.Tensor) -> list[Node]:
-    """Each node of the backward graph once, the output's first."""
+    """-> each node of the backward graph once, breadth first from that of ``output``"""
     found = [output.grad_fn]
     seen = set(found)
-    for operation in found:  # grows on the way: a recursion would end at about depth 250
+    for operation in found:  # the list grows meanwhile; a recursion would reach Python's limit at about depth 250
         for source, _ in operation.next_functions:
             if source is not None and source not in seen:
                 seen.add(source)
@@ -49,11 +55,19 @@ def operations(output: torch.Tensor) -> list[Node]:
 
 @torch.no_grad()
 def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
-    """Moves the batch norms' biases a little, so that no ReLU reads a value near zero; -> the least distance left.
+    """Changes the biases of batch norm a little, so that no ReLU gets an input near zero, where it has no derivative.
 
-    At zero ReLU has no derivative. A value that the difference's step, or float32's rounding, carries across zero
-    changes the gradient by a jump, and both results are right: a difference of 1e-2 that would hide real errors.
-    So each channel is shifted, by at most SHIFT standard deviations, to the middle of the widest gap in its values.
+    If the step of a numerical derivative, or the rounding of float32, moves an input of ReLU across zero, the gradient
+    jumps. Two correct results then differ by about 1e-2, which would hide real errors. Therefore the bias of each
+    channel is chosen so that zero lies in the middle of the widest gap between the channel's values. No value moves by
+    more than SHIFT standard deviations.
+
+    Args:
+        module: in training mode; batch norm after batch norm is changed in one forward pass.
+        x: its input, (N, C, H, W).
+
+    Returns:
+        The smallest distance from zero of any input of a ReLU.
     """
     distances = []
 
@@ -65,10 +79,12 @@ def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
         middle = values.gather(1, at) + gap / 2
         norm.bias -= middle.squeeze(1)
         distances.append(gap.min().item() / 2)
-        return out - middle[:, :, None]
+        return out - middle[:, :, None]  # later layers see what they will see with the new bias
 
     hooks = [m.register_forward_hook(shift) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    module(x)
-    for hook in hooks:
-        hook.remove()
+    try:
+        module(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return min(distances)

@@ -1,8 +1,14 @@
-"""What the tests of training share: a small data set, a small network, and how two runs are compared."""
+"""What the tests share: a small data set, a small network, comparing two runs, and what a script says."""
 
+import contextlib
+import csv
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,7 @@ import torch
 
 import train
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path(__file__).resolve().parent / "cifar10-sample"
 RECORD = 3073  # bytes: label and 32x32x3 pixels
 EPOCHS = 4  # of the fixtures' runs
@@ -57,13 +64,7 @@ def without_lock(directory: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(directory).items() if name != ".lock"}
 
 
-def one_line(text: str, start: str = "train.py: error: ") -> str:
-    """The text, which has to be a single line that starts like this."""
-    assert text.startswith(start) and text.count("\n") == 1, text
-    return text
-
-
-def refused(capfd, run: Path, *flags: str, status: int = 2) -> str:
+def run_refused(capfd, run: Path, *flags: str, status: int = 2) -> str:
     """The one line with which train.py refuses these flags, having changed nothing in the run directory."""
     before = without_lock(run)
     capfd.readouterr()
@@ -97,3 +98,55 @@ def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, function, counted)
         return train.main(argv)
+
+
+# --- what a script says and writes ------------------------------------------------------------------------------
+
+def one_line(text: str, start: str = "train.py: error: ") -> str:
+    """-> the text, which must be a single line that starts like this"""
+    assert text.startswith(start) and text.count("\n") == 1 and text.endswith("\n"), text
+    return text
+
+
+def refused(main: Callable, capture, *args: object) -> str:
+    """-> the line on stderr with which a script's main() refuses these arguments
+
+    ``capture`` is pytest's capsys or capfd.
+    """
+    assert main([str(arg) for arg in args]) == 2
+    out, err = capture.readouterr()
+    assert out == ""
+    return one_line(err, f"{main.__module__}.py: error: ")
+
+
+def rows(path: Path) -> list[tuple[float, ...]]:
+    """The rows of train.csv, val.csv or test.csv, without the header."""
+    with open(path, newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["epoch", "loss", "error"]
+    return [tuple(map(float, line)) for line in lines]
+
+
+def run_script(script: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script of the project in a process of its own, named by its absolute path."""
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=300,
+                          cwd=cwd, env=os.environ | environment)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """A context in which no file can grow: a write raises OSError, "File too large"."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The norm of the difference, relative to that of b."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()

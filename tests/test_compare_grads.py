@@ -3,27 +3,27 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 import urllib.error
 import urllib.request
 from functools import partial
-from pathlib import Path
 
+import common
 import matplotlib.image
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from common import cut_sample
+from common import contents, cut_sample, full_disk, run_script
 
 import compare_grads
 import densenet
-import numcheck
 import train
 from densenet import DenseNet
+from lib import recording
+from lib.faults import FAULTS
+from lib.figures import COLOURS
 
-SCRIPT = Path(compare_grads.__file__).resolve()
 SMALL = ["--depth", "16", "--growthRate", "4", "--batchSz", "4"]  # two layers a block: faults go into dense2.1
 PLAIN = ["--against", "plain"]
 
@@ -41,11 +41,7 @@ def run(capsys, *args, network=SMALL):
     return status, out.splitlines()
 
 
-def refused(capsys, *args):
-    assert compare_grads.main([str(arg) for arg in args]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("compare_grads.py: error: ") and err.count("\n") == 1
-    return err
+refused = partial(common.refused, compare_grads.main)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +132,7 @@ def test_every_parameter_statistic_and_state_is_compared():
 
 def test_names_map_onto_torchvision_one_to_one():
     net = DenseNet(4, 22)
-    theirs = compare_grads.torchvision_net(net).state_dict()
+    theirs = recording.torchvision_net(net).state_dict()
     mapped = {densenet.torchvision_name(name): name for name in net.state_dict()}
     assert len(mapped) == len(net.state_dict()) and mapped.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -149,8 +145,8 @@ def test_features_are_rebuilt_from_what_the_block_keeps(path):
     torch.manual_seed(0)
     net = DenseNet(4, 16, efficient=False)
     images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
-    textbook, efficient = (compare_grads.run(compare_grads.Side("", path=side, dtype=torch.float64), net, images,
-                                             labels, None) for side in (False, path))
+    textbook, efficient = (recording.record(recording.Side("", path=side, dtype=torch.float64), net, images,
+                                            labels, None) for side in (False, path))
     states = ["conv1", "dense1.0", "dense1.1", "trans1", "dense2.0", "dense2.1", "trans2", "dense3.0", "dense3.1"]
     assert net.trans1.bn1.num_features == 16 == net.dense1[0].bn2.num_features
     for name in states:
@@ -194,20 +190,20 @@ def test_faults_are_caught_without_bottleneck(fault, place, capsys):
 
 
 def test_the_faults_offered_are_those_tested():
-    assert numcheck.FAULTS.keys() == TEXTBOOK.keys() == EFFICIENT.keys()
+    assert FAULTS.keys() == TEXTBOOK.keys() == EFFICIENT.keys()
 
 
 def test_a_fault_does_not_outlast_its_run(capsys):
     before = densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics
-    for fault in numcheck.FAULTS:
+    for fault in FAULTS:
         run(capsys, *PLAIN, "--inject", fault)
     assert before == (densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics)
 
 
-def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status():
-    command = [SCRIPT, *SMALL, "--inject", "grad-scale"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status(tmp_path):
+    done = run_script("compare_grads.py", *SMALL, "--inject", "grad-scale", "--plot", tmp_path / "depth.png",
+                      MPLBACKEND="module://nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["depth.png"]
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout.splitlines()[-1].startswith("first difference: gradient of dense2.1.conv1.weight: 1.0e-02, ")
 
@@ -235,7 +231,7 @@ def test_other_faults_of_ours_are_caught(capsys, monkeypatch):
 
 def test_a_reference_of_another_function_differs(capsys, monkeypatch):
     """The yardstick is the reference in float64: a fault common to both of ours does not hide."""
-    make = compare_grads.torchvision_net
+    make = recording.torchvision_net
 
     def other(net):
         theirs = make(net)
@@ -244,7 +240,7 @@ def test_a_reference_of_another_function_differs(capsys, monkeypatch):
                 module.eps = 1e-3
         return theirs
 
-    monkeypatch.setattr(compare_grads, "torchvision_net", other)
+    monkeypatch.setattr(recording, "torchvision_net", other)
     status, lines = run(capsys)
     assert status == 1 and lines[-1].startswith("first difference: statistic dense1.0.bn2.running_mean: ")
 
@@ -252,8 +248,8 @@ def test_a_reference_of_another_function_differs(capsys, monkeypatch):
 def test_it_fails_if_the_textbook_path_runs_for_the_efficient_one(capsys, monkeypatch):
     monkeypatch.setattr(densenet, "can_be_efficient", lambda *_: False)
     assert compare_grads.main([*SMALL, *PLAIN]) == 1
-    assert capsys.readouterr().err == ("compare_grads.py: error: dense1 took the textbook path; to be checked was the "
-                                       "efficient path\n")
+    assert capsys.readouterr().err == ("compare_grads.py: error: dense1 took the textbook path instead of the "
+                                       "efficient path, so the check says nothing\n")
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -273,20 +269,24 @@ def test_csv_and_figure(tmp_path, capsys):
     assert all(float(row["difference"]) <= float(row["limit"]) and float(row["difference64"]) < 1e-12 for row in rows)
     image = matplotlib.image.imread(figure)[..., :3]
     assert image.shape == (630, 1800, 3)
-    for colour in (compare_grads.COLOURS[0], compare_grads.COLOURS[2], compare_grads.COLOURS[5]):
+    for colour in (COLOURS[0], COLOURS[2], COLOURS[5]):
         wanted = torch.tensor([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
         assert ((torch.from_numpy(image.copy()) - wanted).abs().amax(2) < 0.02).sum() > 300
 
 
-def test_a_file_that_cannot_be_written_ends_in_one_line(tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert compare_grads.main([*SMALL, "--csv", str(tmp_path / "rows.csv")]) == 1
+def test_a_file_that_cannot_be_written_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("old")
+    with full_disk():
+        assert compare_grads.main([*SMALL, "--csv", str(tmp_path / "rows.csv")]) == 1
     err = capsys.readouterr().err
-    assert re.fullmatch(r"compare_grads.py: error: .*rows.csv: cannot be written \(No space left on device\)\n", err)
-    assert list(tmp_path.iterdir()) == []
+    assert re.fullmatch(r"compare_grads.py: error: .*rows.csv: cannot be written \(File too large\)\n", err)
+    assert contents(tmp_path) == {"rows.csv": b"old"}
+
+
+def test_control_characters_of_the_environment_do_not_reach_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/\x1b[31mcompiler")
+    assert run(capsys, "--against", "compile") == (
+        0, [r"skipped compile: there is no C++ compiler /no/\x1b[31mcompiler"])
 
 
 @pytest.mark.parametrize("args", [[], PLAIN], ids=["torchvision", "plain"])
@@ -334,7 +334,8 @@ def test_real_images_for_random_weights_are_normalised_by_their_set(sample):
     (["--checkpoint", "/no/such/latest.pth", "--data", "d"], "/no/such/latest.pth"),
     (["--plot", "figure.pdf"], "ends in .png"), (["--csv", "no/such/dir/rows.csv"], "existing, writable directory"),
     (["--csv", "."], "path of a file"), (["--csv", ""], "path of a file"), (["--csv", os.devnull], "path of a file"),
-    (["--csv", "two\nlines.csv"], "path of a file")], ids=label)
+    (["--csv", "two\nlines.csv"], "path of a file"), (["--data", "\x1b[31mred"], "printable characters"),
+    (["--checkpoint", "\x1b[31mred"], "printable characters")], ids=label)
 def test_bad_input_is_refused_in_one_line(args, named, capsys):
     assert named in refused(capsys, *args)
 
@@ -355,7 +356,8 @@ def test_checkpoints_that_cannot_be_read_are_refused(trained, tmp_path, capsys, 
     for content in (b"", b"PK\x03\x04 of a checkpoint, this is all", whole[:len(whole) // 2], flipped):
         (tmp_path / "damaged.pth").write_bytes(content)
         assert "damaged.pth is damaged" in refused(capsys, "--checkpoint", tmp_path / "damaged.pth", "--data", sample)
-    assert "Is a directory" in refused(capsys, "--checkpoint", tmp_path, "--data", sample)
+    line = refused(capsys, "--checkpoint", tmp_path, "--data", sample)
+    assert line == f"compare_grads.py: error: {tmp_path}: Is a directory\n"
 
 
 def test_data_that_do_not_fit_are_refused(trained, tmp_path, capsys, sample, monkeypatch):
@@ -379,15 +381,15 @@ def test_help_tells_what_can_be_compared_and_the_faults(capsys):
         compare_grads.main(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # lines also break at hyphens
-    for name, meaning in {**compare_grads.AGAINST, **numcheck.FAULTS}.items():
+    for name, meaning in {**compare_grads.AGAINST, **FAULTS}.items():
         assert f"{name} ({meaning})" in text
 
 
 def test_torchvision_here_is_the_package_not_a_copy():
-    assert isinstance(compare_grads.torchvision_net(DenseNet(4, 10)), torchvision.models.DenseNet)
+    assert isinstance(recording.torchvision_net(DenseNet(4, 10)), torchvision.models.DenseNet)
 
 
 def test_torchvision_s_network_has_the_bottleneck_s_width():
     net = DenseNet(growthRate=4, depth=16, bnSize=2, efficient=False).eval()
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(net(x), compare_grads.torchvision_net(net).eval()(x).log_softmax(1))
+    torch.testing.assert_close(net(x), recording.torchvision_net(net).eval()(x).log_softmax(1))

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from common import relative
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from densenet import DenseNet
@@ -109,11 +110,6 @@ def test_equals_torchvision_in_outputs_gradients_and_running_statistics(efficien
         assert relative(b, buffers[torchvision_key(key)]) < 1e-12, key
     ours.eval(), theirs.eval()
     assert relative(ours(x), F.log_softmax(theirs(x), 1)) < 1e-12
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("efficient", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from common import relative
 
 import densenet
 from densenet import DenseNet
@@ -41,11 +42,6 @@ def step(net: DenseNet, x: torch.Tensor, labels: torch.Tensor, autocast=None) ->
     F.nll_loss(out.float() if autocast else out, labels).backward()
     return {"out": out.detach(), "x": x.grad, **{f"grad {k}": p.grad for k, p in net.named_parameters()},
             **{k: b.clone() for k, b in net.named_buffers()}}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
 def inject_masks(monkeypatch) -> None:

@@ -1,9 +1,7 @@
-import errno
 import inspect
 import os
 import re
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -13,13 +11,13 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch.nn as nn
+from common import full_disk, one_line, refused, run_script
 from matplotlib.image import imread
 from matplotlib.patches import FancyArrowPatch
 
 import make_graph
 from densenet import DenseNet
 
-SCRIPT = Path(make_graph.__file__)
 needs_dot = pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
 
 
@@ -33,11 +31,6 @@ def fake_dot(folder: Path, monkeypatch, script: str) -> None:
     (folder / "dot").write_text(script)
     (folder / "dot").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
-
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=100,
-                          env={**os.environ, **environment})
 
 
 def read_dot(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -197,7 +190,7 @@ def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
 # --- Graphviz ---------------------------------------------------------------------------------------------------
 
 def test_without_dot_the_script_writes_dot_and_says_so(tmp_path):
-    done = run_script("--depth", "10", "--out", str(tmp_path), PATH="")
+    done = run_script("make_graph.py", "--depth", "10", "--out", tmp_path, PATH="", MPLBACKEND="module://nowhere")
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path / 'graph-modules.dot'}\n"
     assert len(done.stderr.splitlines()) == 1 and "install graphviz" in done.stderr
@@ -240,48 +233,45 @@ def test_quotes_and_newlines_are_escaped():
     (["--depth", "11", "--no-bottleneck"], ["depth is 11", "10 and 13"]),
     (["--depth", "x"], ["'x'", "1 to 4096"]),
     (["--growthRate", "0"], ["'0'", "1 to 4096"]),
-    (["--reduction", "0"], ["reduction is 0", "at most 1"]),
-    (["--reduction", "nan"], ["'nan'", "0 to 1"]),
+    (["--reduction", "0"], ["'0'", "above 0 and at most 1"]),
+    (["--reduction", "nan"], ["'nan'", "above 0 and at most 1"]),
     (["--reduction", "0.001"], ["reduction is 0.001"]),
     (["--graph", "blocks"], ["'blocks'", "autograd", "modules", "block"]),
     (["--graph", "block", "--layers", "9"], ["'9'", "3 to 8"]),
     (["--efficient", "max"], ["'max'", "no", "yes"]),
     (["--out", "missing/"], ["missing/", "no directory missing"]),
     (["--out", "missing/net"], ["missing/net", "no directory missing"]),
+    (["--out", ""], ["''", "printable characters"]),
+    (["--out", "\x1b[31mred"], [r"'\x1b[31mred'", "printable characters"]),
     (["--colour", "red"], ["--colour"]),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, parts):
     monkeypatch.chdir(tmp_path)
-    assert make_graph.main(flags) == 2
-    output = capsys.readouterr()
-    assert len(output.err.splitlines()) == 1 and output.out == ""
+    error = refused(make_graph.main, capsys, *flags)
     for part in parts:
-        assert part in output.err
+        assert part in error
     assert os.listdir(tmp_path) == []
 
 
 def test_the_script_exits_with_2():
-    done = run_script("--depth", "12")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    done = run_script("make_graph.py", "--depth", "12")
+    assert done.returncode == 2 and done.stdout == ""
+    one_line(done.stderr, "make_graph.py: error: ")
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(make_graph.os, "access", lambda path, mode: False)  # root may write anywhere
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path)]) == 2
-    assert "no permission" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "no permission" in refused(make_graph.main, capsys, "--depth", 10, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("graph", ["modules", "block"])
-def test_a_write_error_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, capsys, graph):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_write_error_is_one_line_and_leaves_the_old_file(tmp_path, capsys, graph):
     old = tmp_path / ("graph-modules.dot" if graph == "modules" else "graph-block.svg")
     old.write_text("old")
-    monkeypatch.setattr(make_graph.os, "replace", full)
-    assert make_graph.main(["--graph", graph, "--depth", "10", "--out", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "No space left" in error and str(old) in error
+    with full_disk():
+        assert make_graph.main(["--graph", graph, "--depth", "10", "--out", str(tmp_path)]) == 1
+    error = one_line(capsys.readouterr().err, "make_graph.py: error: ")
+    assert "File too large" in error and str(old) in error
     assert os.listdir(tmp_path) == [old.name] and old.read_text() == "old"
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common import SMALL, cut_sample, differences
+from common import SMALL, cut_sample, differences, rows
 
 import train
 from densenet import DenseNet
@@ -40,9 +40,8 @@ def finished(process: subprocess.Popen) -> str:
     return out
 
 
-def rows(path: Path) -> torch.Tensor:
-    return torch.tensor([[float(v) for v in line.split(",")] for line in path.read_text().splitlines()[1:]],
-                        dtype=torch.float64)
+def table(path: Path) -> torch.Tensor:
+    return torch.tensor(rows(path), dtype=torch.float64)
 
 
 # --- in each process of one start --------------------------------------------------------------------------------
@@ -117,13 +116,13 @@ def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
     assert "Warning" not in out and out.count("epoch 4/4") == 1
     assert train.main([*more, "--save", str(tmp_path / "one")]) == 0
-    one, two = (rows(tmp_path / name / "train.csv") for name in ("one", "two"))
+    one, two = (table(tmp_path / name / "train.csv") for name in ("one", "two"))
     assert len(one) == 20
     assert one[:, 0].equal(two[:, 0])
     torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-4, atol=0)
     assert (two[0, 1] - one[0, 1]).abs() < 1e-6  # the CSVs' seven digits
     for name in ("one", "two"):
-        assert abs(rows(tmp_path / name / "test.csv")[-1, 1] - rows(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
+        assert abs(table(tmp_path / name / "test.csv")[-1, 1] - table(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import EPOCHS, SMALL, contents, cut_sample, differences, edit, one_line, refused, resume, stopped_at
+from common import EPOCHS, SMALL, contents, cut_sample, differences, edit, one_line, resume, run_refused, stopped_at
 
 import lib.batches
 import train
@@ -185,7 +185,7 @@ def test_a_finished_run_prints_its_last_line_and_stays(run, capfd):
     ("--border=mean", "--border=black"), ("--deterministic", "not set"),
     ("--nEpochs=3", "valid are 4 or more")])
 def test_a_flag_that_contradicts_the_run_is_refused_by_name(half, capfd, contradiction, of_run):
-    said = refused(capfd, half, "--resume", contradiction)
+    said = run_refused(capfd, half, "--resume", contradiction)
     assert contradiction.partition("=")[0] in said and of_run in said and str(half) in said
 
 
@@ -255,19 +255,19 @@ def test_a_prolonged_run_with_validation_is_tested_once_at_its_new_end(flags, tm
 def test_other_images_are_refused(half, capfd, tmp_path):
     for train_images, test_images in ((79, 40), (80, 39)):
         other = cut_sample(tmp_path / f"{train_images}", train_images, test_images)
-        assert "holds other images" in refused(capfd, half, "--resume", "--data", other)
+        assert "holds other images" in run_refused(capfd, half, "--resume", "--data", other)
     for file, at in (("data_batch_1.bin", 5), ("test_batch.bin", 5), ("test_batch.bin", 0), ("data_batch_1.bin", 0)):
         other = Path(cut_sample(tmp_path / f"{file} {at}"))  # another pixel, or (at 0) another label
         content = bytearray((other / file).read_bytes())
         content[at] ^= 1
         (other / file).write_bytes(content)
-        assert "holds other images" in refused(capfd, half, "--resume", "--data", str(other))
+        assert "holds other images" in run_refused(capfd, half, "--resume", "--data", str(other))
 
 
 def test_images_of_an_older_checkpoint_are_compared_by_number_and_mean(half, whole, capfd, tmp_path):
     edit(half / "latest.pth", digests=None, csvDigests=None)
     other = cut_sample(tmp_path / "other", 79)
-    assert "holds other images" in refused(capfd, half, "--resume", "--data", other)
+    assert "holds other images" in run_refused(capfd, half, "--resume", "--data", other)
     assert resume(half) == 0
 
 
@@ -335,5 +335,5 @@ def test_dropout_has_random_numbers_of_its_own(flags, tmp_path, monkeypatch):
 def test_overwrite_is_refused_after_a_restart_by_a_scheduler(run, flags, capfd, monkeypatch):
     for variable in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(variable, "1")
-        assert variable in refused(capfd, run, *flags, "--overwrite")
+        assert variable in run_refused(capfd, run, *flags, "--overwrite")
         monkeypatch.delenv(variable)

@@ -22,8 +22,8 @@ from common import (
     differences,
     edit,
     one_line,
-    refused,
     resume,
+    run_refused,
     stopped_at,
     without_lock,
 )
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(half, whole, capfd,
 def test_two_damaged_checkpoints_are_refused(half, capfd):
     for name in ("latest.pth", "previous.pth"):
         os.truncate(half / name, 1000)
-    assert "--overwrite" in refused(capfd, half, "--resume")
+    assert "--overwrite" in run_refused(capfd, half, "--resume")
 
 
 class Payload:
@@ -86,7 +86,7 @@ def test_a_foreign_checkpoint_is_refused_and_runs_no_code(half, capfd, tmp_path,
     if isinstance(content, str):
         content = Payload(str(tmp_path / "executed"))
     torch.save(content, half / "latest.pth")
-    assert said in refused(capfd, half, "--resume")  # though previous.pth is sound
+    assert said in run_refused(capfd, half, "--resume")  # though previous.pth is sound
     assert not (tmp_path / "executed").exists()
     if not said.startswith("parts"):
         assert train.main(["--evaluate", str(half / "latest.pth")]) == 2
@@ -99,22 +99,22 @@ def test_the_ancestors_run_is_refused_and_runs_no_code(tmp_path, capfd):
     run.mkdir()
     (run / "train.csv").write_text("0.0,2.3,90.0\n0.5,2.2,88.0\n")
     (run / "test.csv").write_text("1,2.2,85.0\n2,2.1,80.0\n3,2.0,79.0\n")
-    assert "no checkpoint left" in refused(capfd, run, "--resume")  # its CSVs are not cut
+    assert "no checkpoint left" in run_refused(capfd, run, "--resume")  # its CSVs are not cut
     torch.save(Payload(str(tmp_path / "executed")), run / "latest.pth", _use_new_zipfile_serialization=False)
-    assert "latest.pth" in refused(capfd, run, "--resume")
+    assert "latest.pth" in run_refused(capfd, run, "--resume")
     (run / "latest.pth").write_bytes(pickle.dumps(Payload(str(tmp_path / "executed"))))
-    assert "latest.pth" in refused(capfd, run, "--resume") and not (tmp_path / "executed").exists()
+    assert "latest.pth" in run_refused(capfd, run, "--resume") and not (tmp_path / "executed").exists()
 
 
 def test_another_runs_checkpoint_is_refused(half, images, tmp_path, capfd):
     argv = ["--data", images, *SMALL, "--nEpochs", "4", "--growthRate", "5", "--save", str(tmp_path / "other")]
     assert train.main(argv) == 0
     shutil.copy(tmp_path / "other/latest.pth", half / "latest.pth")
-    said = refused(capfd, half, "--resume")
+    said = run_refused(capfd, half, "--resume")
     assert "train.csv" in said and ("rows are lost" in said or "was changed" in said)
     flags = torch.load(half / "latest.pth", weights_only=True)["flags"]
     edit(half / "latest.pth", flags=flags | {"growthRate": 4}, epoch=3, csvLengths={})
-    assert "does not fit its own flags" in refused(capfd, half, "--resume")
+    assert "does not fit its own flags" in run_refused(capfd, half, "--resume")
 
 
 @pytest.mark.parametrize("change, said", [
@@ -125,7 +125,7 @@ def test_another_runs_checkpoint_is_refused(half, images, tmp_path, capfd):
 def test_saved_flags_that_no_command_line_gives_are_refused(half, capfd, change, said):
     flags = torch.load(half / "latest.pth", weights_only=True)["flags"]
     edit(half / "latest.pth", flags=flags | change)
-    assert said in refused(capfd, half, "--resume")
+    assert said in run_refused(capfd, half, "--resume")
     assert train.main(["--evaluate", str(half / "latest.pth")]) == 2
     assert said in one_line(capfd.readouterr().err)
 
@@ -133,13 +133,13 @@ def test_saved_flags_that_no_command_line_gives_are_refused(half, capfd, change,
 def test_lost_rows_and_lost_checkpoints_are_refused(half, capfd):
     whole_csv = (half / "train.csv").read_bytes()
     (half / "train.csv").write_bytes(whole_csv[:40])
-    assert "train.csv has 40 bytes" in refused(capfd, half, "--resume")
+    assert "train.csv has 40 bytes" in run_refused(capfd, half, "--resume")
     (half / "train.csv").unlink()
-    assert "train.csv has 0 bytes" in refused(capfd, half, "--resume")
+    assert "train.csv has 0 bytes" in run_refused(capfd, half, "--resume")
     (half / "train.csv").write_bytes(whole_csv)
     for name in ("latest.pth", "previous.pth"):
         (half / name).unlink()
-    assert "no checkpoint left" in refused(capfd, half, "--resume")
+    assert "no checkpoint left" in run_refused(capfd, half, "--resume")
 
 
 @pytest.mark.parametrize("name", ["train.csv", "test.csv"])
@@ -149,14 +149,14 @@ def test_a_csv_that_was_saved_again_is_refused(half, capfd, name, older):
     if older:
         edit(half / "latest.pth", csvDigests=None)
     pandas.read_csv(half / name).astype(float).to_csv(half / name, index=False)
-    said = refused(capfd, half, "--resume")
+    said = run_refused(capfd, half, "--resume")
     assert f"{half / name} was changed" in said and "--overwrite" in said
 
 
 # --- the directory ----------------------------------------------------------------------------------------------
 
 def test_an_existing_run_is_neither_continued_nor_replaced_unasked(half, flags, capfd):
-    said = refused(capfd, half, *flags)
+    said = run_refused(capfd, half, *flags)
     assert "--resume" in said and "--overwrite" in said
 
 
@@ -194,7 +194,7 @@ def test_other_files_do_not_matter_and_stay(tmp_path, flags, whole, mode):
 def test_a_foreign_file_with_a_runs_name_is_never_replaced(half, flags, capfd, make, mode):
     (half / "test.csv").unlink()
     make(half)
-    assert "move it" in refused(capfd, half, *flags, mode)
+    assert "move it" in run_refused(capfd, half, *flags, mode)
 
 
 @pytest.mark.parametrize("name", ["loss.png", "latest.pth", "test.csv", "run.json"])
@@ -204,7 +204,7 @@ def test_a_directory_with_a_foreign_file_of_a_runs_name_is_refused(tmp_path, fla
         torch.save([1], tmp_path / name)
     else:
         (tmp_path / name).write_text("id,label\n1,2\n")
-    assert "move it" in refused(capfd, tmp_path, *flags, *mode)
+    assert "move it" in run_refused(capfd, tmp_path, *flags, *mode)
 
 
 @pytest.mark.parametrize("name", [".lock", "train.csv", "latest.pth", "run.json", "loss.png"])
@@ -253,7 +253,7 @@ def test_one_directory_one_process(half, flags, capfd, mode):
         fcntl.flock(other, fcntl.LOCK_EX)
         other.write("4242\n")
         other.flush()
-        assert "is in use by process 4242" in refused(capfd, half, *flags, mode)
+        assert "is in use by process 4242" in run_refused(capfd, half, *flags, mode)
     assert train.main([*flags, "--save", str(half), mode]) == 0
 
 

@@ -1,6 +1,5 @@
 """train.py: flags, schedule, and whole runs with the files they leave. What interrupts a run is in test_resume.py."""
 
-import csv
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SAMPLE, SMALL, contents, differences, edit, one_line
+from common import SAMPLE, SMALL, contents, differences, edit, one_line, rows
 from PIL import Image
 
 import densenet
@@ -40,13 +39,6 @@ def finished(images, tmp_path_factory):
     save = tmp_path_factory.mktemp("runs") / "finished"
     assert train.main(["--data", images, *SMALL, "--nEpochs", "3", "--save", str(save)]) == 0
     return save
-
-
-def rows(path):
-    with open(path) as file:
-        header, *lines = csv.reader(file)
-    assert header == ["epoch", "loss", "error"]
-    return [tuple(map(float, line)) for line in lines]
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from common import SAMPLE, SMALL, differences, stopped_at
+from common import SAMPLE, SMALL, differences, refused, rows, stopped_at
 from PIL import Image
 
 import densenet
@@ -38,17 +38,6 @@ def folder(tmp_path_factory):
     return root
 
 
-def csv(path: Path) -> list[list[float]]:
-    return [[float(value) for value in line.split(",")] for line in path.read_text().splitlines()[1:]]
-
-
-def refused(argv, capsys):
-    assert train.main([str(arg) for arg in argv]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: error: ") and err.count("\n") == 1 and "Traceback" not in err
-    return err
-
-
 # --- data sets --------------------------------------------------------------------------------------------------
 
 def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
@@ -60,7 +49,7 @@ def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
     assert about["arguments"]["nClasses"] == 3 and about["arguments"]["inChannels"] == 3
     capsys.readouterr()
     assert train.main(["--evaluate", str(save / "latest.pth")]) == 0  # of which images, the checkpoint knows
-    assert f"{csv(save / 'test.csv')[0][2]:.2f}% of 60 images" in capsys.readouterr().out
+    assert f"{rows(save / 'test.csv')[0][2]:.2f}% of 60 images" in capsys.readouterr().out
 
 
 def test_a_grayscale_folder_makes_a_network_of_one_channel(folder, tmp_path):
@@ -80,7 +69,7 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     bad = sorted((broken / "train/dog").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:60])
-    err = refused(["--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run"], capsys)
+    err = refused(train.main, capsys, *["--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run"])
     assert str(bad) in err
     assert not (tmp_path / "run").exists()
 
@@ -120,13 +109,13 @@ def test_a_choice_of_classes_is_the_whole_task(sample, tmp_path, capsys):
     assert train.main([*argv, "--classes", "dog", "cat"]) == 0
     about = json.loads((tmp_path / "run/run.json").read_text())
     assert about["classes"] == ["dog", "cat"] and (about["trainImages"], about["testImages"]) == (200, 40)
-    for _, _, error in csv(tmp_path / "run/test.csv"):
+    for _, _, error in rows(tmp_path / "run/test.csv"):
         assert error * 40 / 100 == pytest.approx(round(error * 40 / 100))
     capsys.readouterr()
-    assert "--classes dog cat" in refused([*argv, "--resume", "--classes", "cat", "dog"], capsys)
+    assert "--classes dog cat" in refused(train.main, capsys, *[*argv, "--resume", "--classes", "cat", "dog"])
     assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
     assert "of 40 images" in capsys.readouterr().out
-    assert "cow" in refused(["--data", sample, "--classes", "cat", "cow", "--save", tmp_path / "new"], capsys)
+    assert "cow" in refused(train.main, capsys, *["--data", sample, "--classes", "cat", "cow", "--save", tmp_path / "new"])
 
 
 # --- validation -------------------------------------------------------------------------------------------------
@@ -153,7 +142,7 @@ def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monke
     assert train.main([*flags, "--save", str(save)]) == 0
     assert sizes == [50, 50, 50, 50, 40]
     assert augmented == [150] * 4
-    validation, tested = csv(save / "val.csv"), csv(save / "test.csv")
+    validation, tested = rows(save / "val.csv"), rows(save / "test.csv")
     best = min(validation, key=lambda row: row[2])
     assert [row[0] for row in validation] == [1, 2, 3, 4] and len(tested) == 1
     checkpoint = densenet.read_checkpoint(save / "best.pth")
@@ -191,15 +180,15 @@ def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, t
     for change, message in ((path.unlink, f"is missing, the checkpoint of epoch {best}; put it back"),
                             (lambda: torch.save({"format": 1, "epoch": 99}, path), "of epoch 99, the best was")):
         change()
-        assert message in refused(["--resume", "--nEpochs", "5", "--save", save, "--no-plot"], capsys)
-        assert [row[0] for row in csv(save / "val.csv")] == [1, 2, 3, 4]
+        assert message in refused(train.main, capsys, *["--resume", "--nEpochs", "5", "--save", save, "--no-plot"])
+        assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4]
 
 
 def test_more_epochs_after_the_end(validated, tmp_path):
     save = shutil.copytree(validated, tmp_path / "run")
     assert train.main(["--resume", "--nEpochs", "5", "--save", str(save), "--no-plot"]) == 0
-    assert [row[0] for row in csv(save / "val.csv")] == [1, 2, 3, 4, 5]
-    assert len(csv(save / "test.csv")) == 1  # of this end, not of the one before
+    assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4, 5]
+    assert len(rows(save / "test.csv")) == 1  # of this end, not of the one before
     epochs = [densenet.read_checkpoint(save / name)["epoch"] for name in ("latest.pth", "previous.pth")]
     assert epochs == [5, 4]
 
@@ -238,7 +227,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
-    err = refused([*argv, "--save", tmp_path / "run"], capfd)
+    err = refused(train.main, capfd, *[*argv, "--save", tmp_path / "run"])
     assert "no route to host" in err and "there is no" in err and "densenet121-a639ec97.pth" in err
     assert not (tmp_path / "run").exists()
 
@@ -249,7 +238,7 @@ def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, ca
     file.parent.mkdir(parents=True)
     torch.save(torch.nn.Linear(1, 1), file) if content is None else file.write_bytes(content)
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
-    assert f"{file} is damaged" in refused([*argv, "--save", tmp_path / "run"], capfd)
+    assert f"{file} is damaged" in refused(train.main, capfd, *[*argv, "--save", tmp_path / "run"])
 
 
 def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
@@ -303,7 +292,7 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
     ("--precision fp16", "invalid choice: 'fp16'"),
 ])
 def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
-    assert message in refused(["--data", sample, *argv.split(), "--save", tmp_path / "run"], capsys)
+    assert message in refused(train.main, capsys, *["--data", sample, *argv.split(), "--save", tmp_path / "run"])
     assert not (tmp_path / "run").exists()
 
 
@@ -314,7 +303,7 @@ def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message
 ])
 def test_images_too_small_for_the_network_are_refused(folder, tmp_path, capsys, flags, message):
     argv = ["--dataset", "folder", "--data", folder, "--save", tmp_path / "run", *flags]
-    assert message in refused(argv if "--arch" in flags else [*argv, *SMALL[:4]], capsys)
+    assert message in refused(train.main, capsys, *(argv if "--arch" in flags else [*argv, *SMALL[:4]]))
     assert not (tmp_path / "run").exists()
 
 
@@ -324,5 +313,5 @@ def test_a_run_whose_data_are_elsewhere_is_not_downloaded_anew(sample, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
     for argv in (["--resume", "--nEpochs", "2", "--save", "run"], ["--evaluate", "run/latest.pth"]):
-        assert "--data cifar10-sample is not to be found from here" in refused(argv, capsys)
+        assert "--data cifar10-sample is not to be found from here" in refused(train.main, capsys, *argv)
     assert train.main(["--evaluate", "run/latest.pth", "--data", sample]) == 0
