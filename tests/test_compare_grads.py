@@ -93,6 +93,7 @@ def test_networks_of_other_blocks_agree(trained, tmp_path, capsys, sample):
     assert status == 1 and lines[-1].startswith("first difference: gradient of dense3.0.conv1.weight: ")
 
 
+@pytest.mark.slow
 def test_torch_compile_agrees_or_is_skipped(capsys, monkeypatch):
     """The C++ compiler would take too long for a test: the traced graphs run as they are."""
     compiled, traced = [], partial(torch.compile, backend="aot_eager")
@@ -200,6 +201,7 @@ def test_a_fault_does_not_outlast_its_run(capsys):
     assert before == (densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics)
 
 
+@pytest.mark.slow
 def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status(tmp_path):
     done = run_script("compare_grads.py", *SMALL, "--inject", "grad-scale", "--plot", tmp_path / "depth.png",
                       MPLBACKEND="module://nowhere")
@@ -366,7 +368,7 @@ def test_data_that_do_not_fit_are_refused(trained, tmp_path, capsys, sample, mon
     for net in (DenseNet(4, 10, nClasses=3), DenseNet(4, 10, inChannels=1),
                 DenseNet(4, blockConfig=[1], smallInputs=False)):
         torch.save(checkpoint | {"arguments": net.arguments, "model": net.state_dict()}, tmp_path / "other.pth")
-        assert "for other images" in refused(capsys, "--checkpoint", tmp_path / "other.pth", "--data", sample)
+        assert "not for the images of" in refused(capsys, "--checkpoint", tmp_path / "other.pth", "--data", sample)
 
     def offline(*_, **__):
         raise urllib.error.URLError("no network")

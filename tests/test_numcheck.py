@@ -41,6 +41,7 @@ def parameters_of(*argv):
     return numcheck.get_args_parser().parse_args([*SMALL, *argv])
 
 
+@pytest.mark.slow
 def test_all_gradients_agree_and_the_figure_is_drawn(tmp_path):
     """As a user runs it."""
     figure = tmp_path / "numcheck.png"
@@ -67,6 +68,7 @@ PLACES = {
                    "layer 1.conv2.weight", "dense2.0", "dense3.0", "dense3.0"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PLACES)
 def test_every_fault_is_caught_and_its_place_named(fault, capsys, monkeypatch):
     monkeypatch.setattr(numcheck, "STEPS", numcheck.STEPS[:1])
@@ -96,6 +98,7 @@ def test_a_network_is_right_behind_its_fault(efficient, fault, first):
     assert wrong == [first] if first else {"input", "conv1", "dense1.0"} <= set(wrong)
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_square_of_the_step_and_rises_with_rounding():
     torch.manual_seed(0)
     for case in (numcheck.module_case(densenet.Bottleneck(4, 2), None, "cpu"),

@@ -23,6 +23,7 @@ def test_help_from_another_directory_and_with_a_foreign_backend(script, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_from_another_directory_draws_its_figures(tmp_path, images):
     done = run_script("train.py", *[flag for flag in SMALL if flag != "--no-plot"], "--data", images, "--nEpochs", 1,
                       "--no-cuda", "--save", "run", cwd=tmp_path)
@@ -45,6 +46,7 @@ def test_a_graph_is_written_into_the_working_directory(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph-block.png", "graph-block.svg"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("backend", ["nonsense", "module://nowhere", "svg", ""])
 def test_mplbackend_is_as_before_once_a_tool_is_imported(tool, backend):
