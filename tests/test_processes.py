@@ -150,7 +150,7 @@ def test_sigterm_to_torchrun_stops_all_and_resume_goes_on(argv, tmp_path):
 
 
 def has_tested_twice(run: Path) -> bool:
-    return (run / "test.csv").exists() and len(rows(run / "test.csv")) >= 2
+    return (run / "test.csv").exists() and (run / "test.csv").read_text().count("\n") >= 3  # the header, two rows
 
 
 def wait_for(reached, process) -> None:

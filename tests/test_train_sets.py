@@ -69,7 +69,7 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     bad = sorted((broken / "train/dog").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:60])
-    err = refused(train.main, capsys, *["--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run"])
+    err = refused(train.main, capsys, "--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run")
     assert str(bad) in err
     assert not (tmp_path / "run").exists()
 
@@ -112,10 +112,10 @@ def test_a_choice_of_classes_is_the_whole_task(sample, tmp_path, capsys):
     for _, _, error in rows(tmp_path / "run/test.csv"):
         assert error * 40 / 100 == pytest.approx(round(error * 40 / 100))
     capsys.readouterr()
-    assert "--classes dog cat" in refused(train.main, capsys, *[*argv, "--resume", "--classes", "cat", "dog"])
+    assert "--classes dog cat" in refused(train.main, capsys, *argv, "--resume", "--classes", "cat", "dog")
     assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
     assert "of 40 images" in capsys.readouterr().out
-    assert "cow" in refused(train.main, capsys, *["--data", sample, "--classes", "cat", "cow", "--save", tmp_path / "new"])
+    assert "cow" in refused(train.main, capsys, "--data", sample, "--classes", "cat", "cow", "--save", tmp_path / "new")
 
 
 # --- validation -------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, t
     for change, message in ((path.unlink, f"is missing, the checkpoint of epoch {best}; put it back"),
                             (lambda: torch.save({"format": 1, "epoch": 99}, path), "of epoch 99, the best was")):
         change()
-        assert message in refused(train.main, capsys, *["--resume", "--nEpochs", "5", "--save", save, "--no-plot"])
+        assert message in refused(train.main, capsys, "--resume", "--nEpochs", "5", "--save", save, "--no-plot")
         assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4]
 
 
@@ -227,7 +227,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
-    err = refused(train.main, capfd, *[*argv, "--save", tmp_path / "run"])
+    err = refused(train.main, capfd, *argv, "--save", tmp_path / "run")
     assert "no route to host" in err and "there is no" in err and "densenet121-a639ec97.pth" in err
     assert not (tmp_path / "run").exists()
 
@@ -238,7 +238,7 @@ def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, ca
     file.parent.mkdir(parents=True)
     torch.save(torch.nn.Linear(1, 1), file) if content is None else file.write_bytes(content)
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
-    assert f"{file} is damaged" in refused(train.main, capfd, *[*argv, "--save", tmp_path / "run"])
+    assert f"{file} is damaged" in refused(train.main, capfd, *argv, "--save", tmp_path / "run")
 
 
 def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
     ("--precision fp16", "invalid choice: 'fp16'"),
 ])
 def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
-    assert message in refused(train.main, capsys, *["--data", sample, *argv.split(), "--save", tmp_path / "run"])
+    assert message in refused(train.main, capsys, "--data", sample, *argv.split(), "--save", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
