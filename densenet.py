@@ -347,6 +347,8 @@ def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu")
             raise ValueError(f"it declares {layers} layers in {size} bytes, but has {len(model)} tensors in {stored}")
         with torch.device("meta"):  # whatever is declared takes no memory
             net = DenseNet(**arguments)
+        if [*map(type, checkpoint["classes"])] != [str] * net.arguments["nClasses"]:
+            raise ValueError(f"classes are not the names of {net.arguments['nClasses']} classes")
         net.load_state_dict(model, assign=True)
         for name in ("mean", "std"):
             value = torch.tensor(checkpoint[name], dtype=torch.float32)

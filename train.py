@@ -36,7 +36,7 @@ from lib.device import environment, restore_threads, set_up_device, warn_of_diff
 from lib.distributed import World, broadcast, share_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
-from lib.image_set import shorten
+from lib.image_set import normal_form, shorten
 from lib.layers import PATHS
 from lib.memory import count
 from lib.network import check_images, check_network, make_net, pretrained_weights
@@ -387,7 +387,7 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
     test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, download="data" in explicit)
     test = data.with_channels(data.select_classes(test, args.classes) if args.classes else test,
                               net.arguments["inChannels"])
-    if test.classes != net.classes:
+    if test.classes != [*map(normal_form, net.classes)]:
         raise ValueError(f"--data {args.data} has the classes {shorten(test.classes)}, the checkpoint "
                          f"{shorten(net.classes)}")
     batches = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)

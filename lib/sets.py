@@ -8,6 +8,7 @@ import numpy as np
 from lib import data
 from lib.data import ImageSet
 from lib.distributed import World, barrier, broadcast
+from lib.image_set import normal_form
 from lib.run_directory import RunError
 
 IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which torchvision's weights were trained with
@@ -62,6 +63,7 @@ def check_same_images(args: argparse.Namespace, sets: Sets, saved: dict[str, Any
     """Raises RunError if the saved run had other images. Checkpoints of version 1.0 have no digests."""
     now = {"classes": sets.train.classes, **set_sizes(sets)}
     before = {name: saved.get(name) for name in now}
+    before["classes"] = [normal_form(str(name)) for name in saved["classes"]]
     same_colours = np.allclose(sets.mean + sets.std, saved["mean"] + saved["std"], rtol=0, atol=1e-9)
     if now != before or not same_colours or saved.get("digests", sets.digests) != sets.digests:
         raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
