@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+import must_move
 import step
 
 TINY = step.Size(growthRate=4, layers=(1, 1, 1), batchSz=4, imageSize=8)
@@ -29,7 +30,7 @@ def test_bytes_to_move_by_hand():
     stem = 2 * 4 * 16
     block1 = (5 * 4 + 4 * 4 + 29 * 2 + 3 * 6) * 16 + 2 * 3 * 4
     block2 = (5 * 3 + 4 * 3 + 29 * 2 + 3 * 5) * 4 + 2 * 5
-    assert step.values_to_move(size) == stem + block1 + block2 == 2354
+    assert must_move.values_to_move(size) == stem + block1 + block2 == 2354
     parameters = 108 + (8 + 32 + 16 + 144) + (12 + 18) + (6 + 24 + 16 + 144) + 10 + (50 + 10)
     fixed = 4 * 2 * 3 * 16 + 32 * parameters
     assert step.bytes_to_move(size, "fp32") == step.bytes_to_move(size, "tf32") == 4 * 2354 + fixed
@@ -39,31 +40,65 @@ def test_bytes_to_move_by_hand():
 def test_bytes_to_move_of_the_paper_networks():
     """Of BC 100-12's layers 4 passes over 2.925 million values an image; twice the images, twice the activations."""
     size = step.SIZES["bc100-64"]
-    wide = step.values_to_move(size)
+    wide = must_move.values_to_move(size)
     assert 4 * 2_925_000 * 64 < wide < 2 * 4 * 2_925_000 * 64
-    assert step.values_to_move(step.SIZES["bc100-256"]) == 4 * wide
-    imagenet = step.values_to_move(step.SIZES["densenet121-64"])
+    assert must_move.values_to_move(step.SIZES["bc100-256"]) == 4 * wide
+    imagenet = must_move.values_to_move(step.SIZES["densenet121-64"])
     stem = 64 * 64 * (4 * 112**2 + 3 * 56**2)
     assert imagenet > stem and imagenet / 64 == imagenet // 64
 
 
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_table_json_and_plot(measure, tmp_path, capsys):
-    file, figure = tmp_path / "step.json", tmp_path / "step.png"
+    file, figure = tmp_path / "step.jsonl", tmp_path / "step.png"
     assert measure("--precision", "fp32", "bf16", "--json", str(file), "--plot", str(figure)) == 0
-    result, output = json.loads(file.read_text()), capsys.readouterr()
+    rows, output = read(file), capsys.readouterr()
     assert "ratios only" in output.out and "left out: torchvision compiled" in output.out and not output.err
-    assert figure.read_bytes().startswith(b"\x89PNG") and result["copyBytesPerSecond"] > 0
-    rows = result["sizes"]["tiny"]["rows"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
     names = [name for name, implementation in step.IMPLEMENTATIONS.items() if not implementation.graph]
     assert [(r["precision"], r["implementation"]) for r in rows] == [(p, n) for p in ("fp32", "bf16") for n in names]
     for row in rows:
+        assert row["size"] == "tiny" and row["device"] == "cpu" and row["torch"] == str(torch.__version__)
         assert row["seconds"] > 0 and len(row["steps"]) == 2 and row["operations"] > 50 and row["peak"] >= 0
-        assert row["bytes"] == step.bytes_to_move(TINY, row["precision"])
+        assert row["bytes"] == step.bytes_to_move(TINY, row["precision"]) and row["copyBytesPerSecond"] > 0
         assert row["imagesPerSecond"] == pytest.approx(4 / row["seconds"])
-        assert row["shareOfCopy"] == pytest.approx(row["bytes"] / row["seconds"] / result["copyBytesPerSecond"])
-        assert row["ratio"] == 1 if row["implementation"] == "torchvision" else row["ratio"] > 0
+        assert row["shareOfCopy"] == pytest.approx(row["bytes"] / row["seconds"] / row["copyBytesPerSecond"])
         assert row.get("path") == {"ours plain": "textbook", "ours efficient": "efficient",
                                    "ours max": "max"}.get(row["implementation"])
+
+
+def test_a_repeated_command_measures_only_the_rows_that_the_file_lacks(measure, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "step.jsonl"
+    flags = ["--only", "ours plain", "ours max", "--json", str(file)]
+    measured = []
+
+    def fake(implementation, *rest):
+        measured.append(implementation.option)
+        return {"seconds": 1.0, "steps": [1.0], "peak": 0, "operations": 1}
+    monkeypatch.setattr(step, "measure", fake)
+    assert measure(*flags, "--minutes", "0") == 0
+    assert measured == [] and "the same command goes on" in capsys.readouterr().out
+    assert measure("--only", "ours plain", "--json", str(file)) == 0
+    with open(file, "a") as torn:
+        torn.write('{"implementation": "ours m')  # killed while it wrote
+    assert measure(*flags) == 0
+    assert measured == [False, "max"]
+    capsys.readouterr()
+    assert measure(*flags) == 0
+    assert measured == [False, "max"] and "ours max fp32" in capsys.readouterr().out  # but all are shown
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_after_a_failed_capture_no_other_row_is_measured(measure, monkeypatch, tmp_path):
+    def fails(implementation, *rest):
+        raise step.CaptureFailed("the step cannot be captured")
+    monkeypatch.setattr(step, "measure", fails)
+    file = tmp_path / "step.jsonl"
+    assert measure("--json", str(file)) == 1
+    assert [row["error"] for row in read(file)] == ["the step cannot be captured"]
 
 
 def test_operations_are_the_outermost_that_compute():
@@ -82,11 +117,9 @@ def test_out_of_memory_is_told_and_the_others_go_on(measure, monkeypatch, tmp_pa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return whole(implementation, *rest)
     monkeypatch.setattr(step, "measure", fails)
-    file = tmp_path / "step.json"
+    file = tmp_path / "step.jsonl"
     assert measure("--only", "ours", "--json", str(file), "--plot", str(tmp_path / "step.png")) == 0
-    rows = json.loads(file.read_text())["sizes"]["tiny"]["rows"]
-    assert [row.get("error") for row in rows] == [None, "out of memory", None]
-    assert rows[0]["ratio"] is None
+    assert [row.get("error") for row in read(file)] == [None, "out of memory", None]
     assert any(line.split() == ["ours", "efficient", "fp32", "out", "of", "memory"]
                for line in capsys.readouterr().out.splitlines())
 
@@ -95,9 +128,9 @@ def test_table_of_a_gpu(capsys):
     """Its columns, of which a CPU's table has others; the numbers are made up."""
     device = torch.device("cuda")
     step.print_header("tiny", TINY, device)
-    step.print_row({"implementation": "ours efficient graph", "precision": "bf16", "seconds": 0.002, "ratio": 8.5,
+    step.print_row({"implementation": "ours efficient graph", "precision": "bf16", "seconds": 0.002,
                     "imagesPerSecond": 2000.0, "peak": 3 * 2**20, "launches": 7, "kernels": 4321, "bytes": 10**6,
-                    "shareOfCopy": 0.25}, device)
+                    "shareOfCopy": 0.25}, 0.017, device)
     _, _, header, row = capsys.readouterr().out.splitlines()
     assert row.split() == "ours efficient graph bf16 0.0020 2000.0 8.50 3 7 4,321 1.0 25.0%".split()  # noqa: SIM905
     assert len(header) == len(row)
@@ -110,7 +143,7 @@ def test_table_of_a_gpu(capsys):
     (["--device", "cuda:99"], "valid are cpu"),
     (["--only", "keras"], "keras"),
     (["--only", "graph"], "graph"),
-    (["--json", "missing/step.json"], "missing/step.json"),
+    (["--json", "missing/step.jsonl"], "missing/step.jsonl"),
     (["--plot", "step.pdf"], ".png"),
 ])
 def test_refusals(flags, told, measure, capsys, monkeypatch, tmp_path):

@@ -1,37 +1,21 @@
 #!/usr/bin/env python3
 """Time, memory and kernels of whole training steps (forward, loss, backward, SGD with Nesterov momentum), side by side.
 
-    tests/benchmarks/step.py --size bc100-64 bc100-256 --json step.json --plot step.png
-    tests/benchmarks/step.py --size bc100-64 --precision bf16 --only ours
+    tests/benchmarks/step.py --size bc100-64 bc100-256 --json step.jsonl --plot step.png
+    tests/benchmarks/step.py --size bc100-64 --precision fp32 --only "ours plain" "ours efficient" --json step.jsonl
     tests/benchmarks/step.py                       on a CPU: a small size, for the ratios alone
 
 Torchvision's DenseNet (CIFAR's stem where the images are small) is as shipped, in bf16 in channels_last; ours takes
-images in channels_last, as data.py makes them, and train.py's own step. One implementation is in memory at a time.
+images and, on a GPU, weights in channels_last, and train.py's own step. One implementation is in memory at a time.
 
-Columns: seconds (median); images/s; their ratio to torchvision's in the same precision; peak memory from the first step
-on, so with what a capture holds; on a GPU the calls that launch something and the kernels they run, on a CPU the
-operations of aten that no other one calls, but for views and allocations; "must move": the bytes of every
-tensor that a step has to read or write, each fused into as few kernels as its data dependences allow; "of copy": these
-over the time, as a share of what a large tensor.copy_ moves (reads and writes) in the same run.
+--json gets a line as soon as a row is measured. A row that is in the file already (of this size, precision, hardware
+and torch) is not measured again, and after --minutes no new one begins: repeat the command until all are there.
 
-Must move, in values a pixel, for batch norm as in densenet.EfficientBlock (xhat is made once a channel, G collects its
-gradient; affine and ReLU belong to the kernel that reads, statistics and sums to the one that writes):
-
-    layer of C_l channels   4 C_l    xhat read forward and backward, G read and written
-                          + 8 k      forward: the 4k channels between the convolutions, written and read
-                          + 3 k      forward: the k new ones written, read and written normalised
-                          + 18 k     backward: G and xhat of the k new ones read; of the 4k between, xhat read, the
-                                     gradient written, both read again once the sums are known
-    block of input C_0      5 C_0    x read, xhat written; G and xhat read, dx written
-    behind a block of C     3 C      xhat read forward and backward, G written for the first time
-                          + 2 C'/4   transition to C' channels: pooled output written, its gradient read
-                            2 C      after the last block, an image: pooled features written, their gradient read
-    stem, 3x3, to C_0       2 C_0    output written, its gradient read
-    stem, 7x7, to C_0       4 C_0    at half the side: written, read by batch norm and pooling, twice in its backward
-                          + 3 C_0    at a quarter: pooled output written, its gradient read twice
-
-Each value is 4 bytes, with bf16 2. The images (4 bytes) are read twice. Each parameter is 8 times 4 bytes: weight read
-forward, backward and by SGD, gradient written and read, momentum read and written, weight written.
+Columns: seconds (median); images/s; their ratio to torchvision's in the same precision; peak memory of a step after the
+warm-up, in which libraries try out workspaces (with a graph that of a second capture; of torch.compile's graphs from
+the first step on); on a GPU the calls that launch something and the kernels they run, on a CPU the operations of aten
+that no other one calls, but for views and allocations; "must move": must_move.py's bytes; "of copy": these over the
+time, as a share of what a large tensor.copy_ moves (reads and writes) in the same run.
 """
 
 import argparse
@@ -40,7 +24,6 @@ import functools
 import gc
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -56,10 +39,14 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
 import block
-import runs
+import step_plot
+from must_move import SIZES, Size, bytes_to_move, classes
 
 import densenet
 import train
+from lib.cli import Parser, number
+from lib.cuda_graph import CaptureFailed, GraphedStep
+from lib.device import is_out_of_memory, keep_freed_memory
 
 MIB = 2**20
 OUT_OF_MEMORY = "out of memory"
@@ -71,27 +58,10 @@ NO_KERNEL = {f"aten::{name}" for name in (  # views, allocations, questions
 MAY_COPY = ("aten::contiguous", "aten::flatten", "aten::reshape", "aten::to")
 
 
-class Size(NamedTuple):
-    growthRate: int
-    layers: tuple[int, ...]  # of each block
-    batchSz: int
-    imageSize: int = 32
-    smallInputs: bool = True
-
-
-SIZES = {
-    "bc40-16": Size(12, (6, 6, 6), 16),
-    "bc100-64": Size(12, (16, 16, 16), 64),
-    "bc100-256": Size(12, (16, 16, 16), 256),
-    "bc190-64": Size(40, (31, 31, 31), 64),
-    "densenet121-64": Size(32, (6, 12, 24, 16), 64, 224, smallInputs=False),
-}
-
-
 class Implementation(NamedTuple):
     library: str
     option: bool | str  # memory_efficient or efficient
-    graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: runs.GraphedStep
+    graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: GraphedStep
 
 
 IMPLEMENTATIONS = {
@@ -107,53 +77,7 @@ IMPLEMENTATIONS = {
 }
 
 
-# --- what must move ---------------------------------------------------------------------------------------------
-
-def values_to_move(size: Size) -> int:
-    """Activations read or written, as the table above counts them."""
-    k, n = size.growthRate, size.batchSz
-    c, side = 2 * k, size.imageSize
-    if size.smallInputs:
-        values = 2 * c * n * side**2
-    else:
-        half, side = math.ceil(side / 2), math.ceil(side / 4)
-        values = 4 * c * n * half**2 + 3 * c * n * side**2
-    for b, layers in enumerate(size.layers, 1):
-        pixels = n * side**2
-        values += 5 * c * pixels
-        for _ in range(layers):
-            values += (4 * c + 29 * k) * pixels
-            c += k
-        values += 3 * c * pixels
-        if b < len(size.layers):
-            c, side = c // 2, side // 2
-            values += 2 * c * n * side**2
-        else:
-            values += 2 * c * n
-    return values
-
-
-def bytes_to_move(size: Size, precision: str) -> int:
-    with torch.device("meta"):
-        parameters = train.count(densenet.DenseNet(size.growthRate, blockConfig=size.layers, nClasses=classes(size),
-                                                   smallInputs=size.smallInputs))
-    images = size.batchSz * 3 * size.imageSize**2
-    return (2 if precision == "bf16" else 4) * values_to_move(size) + 4 * 2 * images + 4 * 8 * parameters
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of copying a tensor far larger than any cache."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = times(lambda: target.copy_(source), device, steps=10, warmup=3)
-    return 2 * source.numel() / statistics.median(seconds)
-
-
 # --- steps ------------------------------------------------------------------------------------------------------
-
-def classes(size: Size) -> int:
-    return 10 if size.smallInputs else 1000
-
 
 def build(implementation: Implementation, size: Size) -> nn.Module:
     library, option, _ = implementation
@@ -188,9 +112,11 @@ def make_step(implementation: Implementation, size: Size, precision: str,
     labels = torch.randint(classes(size), (size.batchSz,), device=device)
     if implementation.library == "ours":
         images = images.contiguous(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
         step = functools.partial(train.train_step, net, optimizer, precision)
         if implementation.graph:
-            step = runs.GraphedStep(step, net, optimizer, size.batchSz)
+            step = GraphedStep(step, net, optimizer, size.batchSz)
         return net, functools.partial(step, images, labels, size.batchSz)
     if precision == "bf16":
         net, images = net.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
@@ -223,6 +149,14 @@ def times(step: Callable[[], Any], device: torch.device, steps: int, warmup: int
         mark.record()
     torch.cuda.synchronize(device)
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of copying a tensor far larger than any cache."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = times(lambda: target.copy_(source), device, steps=10, warmup=3)
+    return 2 * source.numel() / statistics.median(seconds)
 
 
 def count_kernels(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
@@ -294,15 +228,20 @@ def peak_on_cpu(net: nn.Module, step: Callable[[], Any]) -> int:
 
 def measure(implementation: Implementation, size: Size, precision: str, device: torch.device,
             args: argparse.Namespace) -> dict[str, Any]:
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    if device.type == "cuda":
+    on_gpu, graphed = device.type == "cuda", implementation.library == "ours" and implementation.graph
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     net, step = make_step(implementation, size, precision, device)
-    seconds = times(step, device, args.steps, args.warmup)
-    if implementation.library == "ours" and implementation.graph and not step.func.possible:
+    times(step, device, 1, args.warmup)
+    if graphed and not step.func.possible:
         raise RuntimeError("no CUDA graph could be captured")
-    # a replay allocates nothing: what its graph holds was counted during the capture
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else peak_on_cpu(net, step)
+    if on_gpu and (graphed or not implementation.graph):  # a replay of torch.compile's graphs allocates nothing
+        torch.cuda.reset_peak_memory_stats(device)
+    if graphed:  # nor does one of ours: what it holds is counted when it is captured, by another learning rate
+        step.func.optimizer.param_groups[0]["lr"] /= 2
+    seconds = times(step, device, args.steps, warmup=1)
+    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else peak_on_cpu(net, step)
     row = {"seconds": statistics.median(seconds), "steps": seconds, "peak": peak, **count_kernels(step, device)}
     return row | ({"path": net.dense1.last_path} if implementation.library == "ours" else {})
 
@@ -311,31 +250,61 @@ def try_to_measure(name: str, *rest) -> dict[str, Any]:
     try:
         return measure(IMPLEMENTATIONS[name], *rest)
     except RuntimeError as error:
-        if runs.is_out_of_memory(error):
+        if is_out_of_memory(error):
             return {"error": OUT_OF_MEMORY}
-        return {"error": " ".join(str(error).split())[:100] or type(error).__name__}
+        lost = {"lost": True} if isinstance(error, (CaptureFailed, torch.AcceleratorError)) else {}
+        return {"error": " ".join(str(error).split())[:100] or type(error).__name__, **lost}
 
 
-def measure_all(names: list[str], size: Size, device: torch.device, args: argparse.Namespace,
-                bandwidth: float) -> list[dict[str, Any]]:
-    rows = []
+class Rows:
+    """What was measured: in memory and, with a path, in a file of JSON lines."""
+
+    def __init__(self, path: str | None):
+        self.path, self.rows = path, []
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path(path).read_text().splitlines() if path else ():
+                with contextlib.suppress(json.JSONDecodeError):  # the last one, if a process was killed in it
+                    self.rows.append(json.loads(line))
+
+    def find(self, **key) -> dict[str, Any] | None:
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path:
+            with open(self.path, "a+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                start = b"\n" if file.read() not in (b"", b"\n") else b""
+                file.write(start + json.dumps(row).encode() + b"\n")
+
+
+def measure_all(names: list[str], size_name: str, device: torch.device, args: argparse.Namespace, rows: Rows,
+                about: dict[str, Any], end: float) -> bool:
+    """-> whether it went to the end: not if the time was over, or the GPU cannot be used any more"""
+    size = SIZES[size_name]
     for precision in args.precision:
-        must_move, reference = bytes_to_move(size, precision), None
+        must_move = bytes_to_move(size, precision)
         for name in names:
-            with backends_for(precision):
-                row = try_to_measure(name, size, precision, device, args)
-            if name.endswith("compiled"):
-                torch._dynamo.reset()  # the compiled code holds its CUDA graphs' memory
-            free_memory(device)
-            row = {"implementation": name, "precision": precision, "bytes": must_move, **row}
-            if "error" not in row:
-                reference = row["seconds"] if name == "torchvision" else reference
-                row |= {"imagesPerSecond": size.batchSz / row["seconds"],
-                        "ratio": reference and reference / row["seconds"],
-                        "shareOfCopy": must_move / row["seconds"] / bandwidth}
-            print_row(row, device)
-            rows.append(row)
-    return rows
+            here = {"size": size_name, "precision": precision, "hardware": about["hardware"], "torch": about["torch"]}
+            row = rows.find(implementation=name, **here)
+            if row is None:
+                if time.monotonic() > end:
+                    return False
+                with backends_for(precision):
+                    row = try_to_measure(name, size, precision, device, args)
+                if name.endswith("compiled"):
+                    torch._dynamo.reset()  # the compiled code holds its CUDA graphs' memory
+                free_memory(device)
+                row = {"implementation": name, **here, **about, "bytes": must_move, **row}
+                if "error" not in row:
+                    row |= {"imagesPerSecond": size.batchSz / row["seconds"],
+                            "shareOfCopy": must_move / row["seconds"] / about["copyBytesPerSecond"]}
+                rows.add(row)
+            reference = rows.find(implementation="torchvision", **here) or {}
+            print_row(row, reference.get("seconds"), device)
+            if "lost" in row and rows.rows[-1] is row:  # what is measured after it would fail, too
+                return False
+    return True
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------
@@ -347,64 +316,37 @@ def print_header(name: str, size: Size, device: torch.device) -> None:
     print(f"{'':44}{'s/step':>9}{'images/s':>10}{'ratio':>7}{'peak MiB':>10}{counts}{'must move MB':>14}{'of copy':>9}")
 
 
-def print_row(row: dict[str, Any], device: torch.device) -> None:
+def print_row(row: dict[str, Any], reference: float | None, device: torch.device) -> None:
+    """``reference``: torchvision's seconds in this precision"""
     label = f"{row['implementation']} {row['precision']}"
     if "error" in row:
         print(f"{label:44} {row['error']}", flush=True)
         return
     counts = (f"{row['launches']:10,}{row['kernels']:9,}" if device.type == "cuda" else f"{row['operations']:10,}")
-    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    ratio = f"{reference / row['seconds']:.2f}" if reference else "-"
     print(f"{label:44}{row['seconds']:9.4f}{row['imagesPerSecond']:10.1f}{ratio:>7}{row['peak'] / MIB:10.0f}{counts}"
           f"{row['bytes'] / 1e6:14.1f}{row['shareOfCopy']:9.1%}", flush=True)
-
-
-def draw(result: dict[str, Any], path: str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sizes = result["sizes"]
-    heights = [len(size["rows"]) + 2 for size in sizes.values()]
-    figure, axes = plt.subplots(len(sizes), 2, figsize=(11, 0.5 + 0.34 * sum(heights)), squeeze=False, sharey="row",
-                                layout="constrained", height_ratios=heights)
-    for (name, size), (left, right) in zip(sizes.items(), axes, strict=True):
-        rows = size["rows"]
-        labels = [f"{row['implementation']}  {row['precision']}" for row in rows]
-        colors = ["#0072B2" if row["implementation"].startswith("ours") else "#999999" for row in rows]
-        speeds, peaks = ([row.get(key, 0) / unit for row in rows] for key, unit in (("imagesPerSecond", 1),
-                                                                                   ("peak", MIB)))
-        for ax, values in ((left, speeds), (right, peaks)):
-            ax.barh(range(len(rows)), values, color=colors)
-            for y, (row, value) in enumerate(zip(rows, values, strict=True)):
-                ax.annotate(row.get("error", "")[:40] or f"{value:,.0f}", (value, y), xytext=(4, 0), fontsize=8,
-                            textcoords="offset points", va="center")
-            ax.set_xlim(0, 1.18 * max(values) or 1)
-            ax.spines[["top", "right"]].set_visible(False)
-        left.set_yticks(range(len(rows)), labels, fontsize=9)
-        left.invert_yaxis()
-        left.set(xlabel="images/s" + " (on a CPU: ratios only)" * (result["device"] == "cpu"),
-                 title=f"{name}, training step")
-        right.set(xlabel="MiB peak memory", title=result["hardware"])
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, list[str]]:
     """-> flags, device and the implementations to measure; ValueError for nonsense"""
-    count = runs.number(int, 1, 10**6)
-    parser = runs.Parser("step.py", __doc__)
+    count = number(int, 1, 10**6)
+    parser = Parser("step.py", __doc__)
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), metavar="SIZE",
                         help=f"network and batch: {', '.join(SIZES)} (default: bc100-64; on a CPU bc40-16)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS,
                         help="(default: all three; on a CPU fp32)")
-    parser.add_argument("--only", metavar="PART", default="", help="the implementations whose name contains this")
+    parser.add_argument("--only", metavar="PART", nargs="+", default=[""],
+                        help="the implementations whose name contains one of these")
     parser.add_argument("--steps", metavar="N", type=count, help="counted steps (default: 30; on a CPU 5)")
     parser.add_argument("--warmup", metavar="N", type=count, help="steps before these (default: 10; on a CPU 2)")
     parser.add_argument("--threads", metavar="N", type=count, help="of the CPU (default: torch's own)")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--minutes", metavar="M", type=number(float, 0, 10**6), default=5,
+                        help="no new row begins after this; one takes up to 3 (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE.jsonl")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
 
@@ -421,9 +363,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     if "tf32" in args.precision and not on_gpu:
         raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
     possible = [name for name, implementation in IMPLEMENTATIONS.items() if on_gpu or not implementation.graph]
-    names = [name for name in possible if args.only in name]
+    names = [name for name in possible if any(part in name for part in args.only)]
     if not names:
-        raise ValueError(f"--only {args.only!r} is in no name; on {device} there are {', '.join(possible)}")
+        raise ValueError(f"--only {' '.join(args.only)} is in no name; on {device} there are {', '.join(possible)}")
     for path in filter(None, (args.json, args.plot)):  # before minutes of measuring
         if not Path(path).parent.is_dir() or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: valid is a file in a directory that exists")
@@ -432,7 +374,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     return args, device, names
 
 
-def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> dict[str, Any]:
+def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> list[dict[str, Any]]:
+    end = time.monotonic() + 60 * args.minutes
     hardware = (torch.cuda.get_device_name(device) if device.type == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     bandwidth = copy_bandwidth(device)
@@ -441,18 +384,20 @@ def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> dic
           f"median of {args.steps} steps after {args.warmup}")
     if device.type == "cpu":
         left_out = [name for name, implementation in IMPLEMENTATIONS.items()
-                    if implementation.graph and args.only in name]
+                    if implementation.graph and any(part in name for part in args.only)]
         if left_out:
             print(f"left out: {', '.join(left_out)} (CUDA graphs are a GPU's)")
         print("ratios only: on a CPU seconds, images/s and shares hold for this machine and moment; where others\n"
               "work on it, even ratios are block.py's to tell, whose implementations take turns, a step each")
-    sizes = {}
+    about = {"device": device.type, "hardware": hardware, "torch": str(torch.__version__), "nSteps": args.steps,
+             "warmup": args.warmup, "copyBytesPerSecond": bandwidth}
+    rows = Rows(args.json)
     for name in dict.fromkeys(args.size):
-        size = SIZES[name]
-        print_header(name, size, device)
-        sizes[name] = {**size._asdict(), "rows": measure_all(names, size, device, args, bandwidth)}
-    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "steps": args.steps,
-            "warmup": args.warmup, "copyBytesPerSecond": bandwidth, "sizes": sizes}
+        print_header(name, SIZES[name], device)
+        if not measure_all(names, name, device, args, rows, about, end):
+            print("stopped before the end; the same command goes on, with what --json holds")
+            break
+    return rows.rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -465,13 +410,11 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
-            runs.keep_freed_memory()  # as train.py does
-        result = run(args, device, names)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-        if args.plot:
-            draw(result, args.plot)
-        errors = [row["error"] for size in result["sizes"].values() for row in size["rows"] if "error" in row]
+            keep_freed_memory()  # as train.py does
+        rows = run(args, device, names)
+        if args.plot and rows:
+            step_plot.draw(rows, args.plot)
+        errors = [row["error"] for row in rows if "error" in row]
         return int(any(error != OUT_OF_MEMORY for error in errors))
     except (ValueError, OSError) as error:
         print(f"step.py: {' '.join(str(error).split())}", file=sys.stderr)
