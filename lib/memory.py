@@ -66,8 +66,14 @@ def step_bytes(net: DenseNet, args: argparse.Namespace, size: int, images: int, 
 
 
 def choose_path(args: argparse.Namespace, net: DenseNet, size: int, images: int, batch_size: int,
-                device: torch.device) -> Choice:
-    """The fastest path of the dense block that fits. ``images``: the data set's bytes on the device."""
+                device: torch.device, sharing: int = 1) -> Choice:
+    """The fastest path of the dense block that fits.
+
+    Args:
+        images: bytes of the data set on the device
+        batch_size: images of a rank
+        sharing: ranks that share the device's memory
+    """
     if args.syncBN:
         return Choice(False, "--syncBN needs the textbook layers")
     if args.efficient != "auto":
@@ -76,7 +82,8 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, images: int,
         return Choice(False, f"the efficient block does not run on {device.type}")
     if device.type == "cpu" and args.precision != "bf16":
         return Choice(True, "the fastest on a CPU in float32")
-    needed, available = step_bytes(net, args, size, images, batch_size, device.type == "cuda"), total_memory(device)
+    needed = sharing * step_bytes(net, args, size, images, batch_size, device.type == "cuda")
+    available = total_memory(device)
     figures = f"{needed / 1e9:.1f} of {available / 1e9:.1f} GB"
     if needed <= SHARE * available:
         return Choice(False, f"a step of the textbook layers fits, with {figures}")

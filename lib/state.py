@@ -22,7 +22,8 @@ def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, wo
     """A run before its first epoch: what its checkpoints hold, but for weights and optimizer."""
     with torch.device("meta"):  # sizes alone
         net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
-    path = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device)
+    path = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device,
+                       sharing=world.local_size if device.type == "cpu" else 1)
     path = broadcast(path, world)  # another rank's memory may differ
     return {"format": 1, "version": densenet.__version__,
             "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},

@@ -88,6 +88,15 @@ def test_auto_takes_the_fastest_path_that_fits(flags, device, gigabytes, path, r
     assert choice.efficient == path and reason in choice.reason
 
 
+def test_ranks_that_share_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 3 * GB)
+    args, _ = train.parse_args(["--precision", "bf16"])
+    with torch.device("meta"):
+        net = DenseNet()
+    choices = [choose_path(args, net, 32, 0, 64, torch.device("cpu"), sharing=ranks).efficient for ranks in (1, 2, 4)]
+    assert choices == [False, False, True]
+
+
 # --- a container's limit ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("cgroup", "files", "limits"), [
