@@ -4,8 +4,12 @@
     tests/benchmarks/block.py                          the table; --json FILE, --plot FILE.png
     tests/benchmarks/block.py --depths 40 100 190 250  how ours grows with depth, beside the textbook layers
     tests/benchmarks/block.py --depth 190 --growthRate 40 --only "ours efficient" --steps 1
+    tests/benchmarks/block.py --bf16                   the same under bfloat16 autocast
+    tests/benchmarks/block.py --imagenet               DenseNet-121, 161 and 201 at 224 pixels: bytes kept, and time
 
 Each implementation has a process of its own; they take turns, a step each, so that a drift of the machine meets all.
+The first step is the first of all, with what libraries load for it. bfloat16 times say nothing on a CPU that has no
+instructions for it (avx512_bf16, amx_bf16 in /proc/cpuinfo).
 """
 
 import argparse
@@ -22,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import densenet
 from densenet import DenseNet
 
 MIB = 2**20
@@ -40,10 +45,17 @@ IMPLEMENTATIONS = {  # name: (library, option, memory format)
 # what takes turns in one run: all at once would hold over 20 GB
 GROUPS = (list(IMPLEMENTATIONS)[:5], ["torchvision", *list(IMPLEMENTATIONS)[5:]])
 REFERENCES = ("torchvision", "torchvision memory_efficient", "torchvision channels_last")
+IMAGENET = {  # network: published MB of activations at batch 32 or 16, without and with the optimal checkpoints, and
+    # their price in time (Feng and Huang, "Optimal Gradient Checkpoint Search", CVPR 2021, arXiv 1808.00079)
+    "densenet121": (32, 4027, 898, 34), "densenet161": (16, 3751, 666, 36), "densenet201": (16, 3146, 474, 53)}
 
 
-def build(library: str, option, depth: int, growthRate: int) -> nn.Module:
-    """The same network from each library: torchvision's and timm's with a CIFAR stem."""
+def build(library: str, option, depth: int, growthRate: int, network: str | None = None) -> nn.Module:
+    """The same network from each library: torchvision's and timm's with a CIFAR stem, or an ImageNet network."""
+    if network:
+        if library == "ours":
+            return getattr(densenet, network)(efficient=option)
+        return getattr(__import__("torchvision").models, network)(memory_efficient=option)
     layers = (depth - 4) // 6
     if library == "ours":
         return DenseNet(growthRate=growthRate, depth=depth, efficient=option)
@@ -66,7 +78,7 @@ def worker(pipe, name: str, args) -> None:
     library, option, layout = IMPLEMENTATIONS[name]
     torch.manual_seed(0)
     try:
-        net = build(library, option, args.depth, args.growthRate).to(args.device)
+        net = build(library, option, args.depth, args.growthRate, args.network).to(args.device)
     except ImportError as error:
         pipe.send(str(error))
         return
@@ -76,11 +88,14 @@ def worker(pipe, name: str, args) -> None:
         net, images = net.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
 
     def loss_of(n=args.batchSz):
-        out = net(images[:n])
-        return F.nll_loss(out, labels[:n]) if library == "ours" else F.cross_entropy(out, labels[:n])
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            out = net(images[:n])
+        return F.nll_loss(out, labels[:n]) if library == "ours" else F.cross_entropy(out.float(), labels[:n])
 
-    loss_of(2).backward()  # libraries load their code, gradients get their memory
-    pipe.send(kept_bytes(net, loss_of) | {"peak": peak_bytes(args.device, lambda: loss_of().backward()),
+    start = time.perf_counter()
+    loss_of().backward()  # libraries load their code, gradients get their memory
+    first = time.perf_counter() - start
+    pipe.send(kept_bytes(net, loss_of) | {"first": first, "peak": peak_bytes(args.device, lambda: loss_of().backward()),
                                           "parameters": sum(p.numel() for p in net.parameters())})
     while pipe.recv():
         start = time.perf_counter()
@@ -157,12 +172,12 @@ def measure(names: list[str], args) -> dict[str, dict]:
 
 def print_table(results: dict[str, dict], batchSz: int) -> None:
     references = [name for name in REFERENCES if name in results]
-    print(f"\n{'':44}{'s/step':>8}{'images/s':>10}{'kept MiB':>10}{'peak MiB':>10}   step's ratio to " +
+    print(f"\n{'':44}{'s/step':>8}{'images/s':>10}{'first s':>9}{'kept MiB':>10}{'peak MiB':>10}   step's ratio to " +
           " | ".join(references))
     for name, r in results.items():
         ratios = " | ".join(f"{r['median'] / results[ref]['median']:.2f}" for ref in references)
-        print(f"{name:44}{r['median']:8.3f}{batchSz / r['median']:10.1f}{r['kept'] / MIB:10.0f}{r['peak'] / MIB:10.0f}"
-              f"   {ratios}")
+        print(f"{name:44}{r['median']:8.3f}{batchSz / r['median']:10.1f}{r['first']:9.1f}{r['kept'] / MIB:10.0f}"
+              f"{r['peak'] / MIB:10.0f}   {ratios}")
 
 
 def draw(results: dict[str, dict], path: str) -> None:
@@ -199,23 +214,52 @@ def draw_depths(table: dict[int, dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def imagenet(args) -> dict[str, dict]:
+    """Bytes kept are counted with two images; then each network's step is timed, unless args.steps is 0."""
+    table = {}
+    for args.network, (batchSz, plain, optimal, price) in IMAGENET.items():
+        counted = {}
+        for name, option in (("textbook", False), ("block", True), ("max", "max")):
+            net, x = build("ours", option, 0, 0, args.network), torch.randn(2, 3, 224, 224)
+            counted[name] = kept_bytes(net, lambda net=net, x=x: net(x).sum())["kept"] / 2e6
+        print(f"\n{args.network}, MB kept an image: " + ", ".join(f"{name} {mb:.1f}" for name, mb in counted.items()) +
+              f"; at batch {batchSz}: " + ", ".join(f"{name} {mb * batchSz:.0f}" for name, mb in counted.items()) +
+              f"; published: {plain}, with optimal checkpoints {optimal} at +{price}% time")
+        table[args.network] = {"kept": counted}
+        if args.steps:
+            names = ["torchvision", "torchvision channels_last", "ours textbook channels_last", "ours efficient",
+                     "ours max"]
+            table[args.network]["steps"] = measure(args.only or names, args)
+            print_table(table[args.network]["steps"], args.batchSz)
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=100)
     parser.add_argument("--growthRate", type=int, default=12)
-    parser.add_argument("--batchSz", type=int, default=64)
-    parser.add_argument("--imageSize", type=int, default=32, help="pixels")
-    parser.add_argument("--steps", type=int, default=7, help="counted steps of each; the median is shown")
+    parser.add_argument("--batchSz", type=int, default=None, help="default: 64")
+    parser.add_argument("--imageSize", type=int, default=None, help="pixels; default: 32")
+    parser.add_argument("--steps", type=int, default=None, help="counted ones of each, for the median; default: 7")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=tuple(IMPLEMENTATIONS), metavar="NAME")
     parser.add_argument("--depths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
+    parser.add_argument("--imagenet", action="store_true", help="224 pixels; --batchSz is 8 and --steps 3 unless given")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
+    for key, default in dict(network=None, **(dict(batchSz=8, imageSize=224, steps=3) if args.imagenet else
+                                              dict(batchSz=64, imageSize=32, steps=7))).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, default)
+    precision = "bfloat16 autocast" if args.bf16 else "float32"
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    print(f"DenseNet-BC k={args.growthRate}, batch {args.batchSz}, float32, torch {torch.__version__}, {args.device}"
-          f"{threads}")
-    if args.depths:
+    print(f"DenseNet-BC{'' if args.imagenet else f' k={args.growthRate}'}, batch {args.batchSz}, {precision}, "
+          f"torch {torch.__version__}, {args.device}{threads}")
+    if args.imagenet:
+        table = imagenet(args)
+    elif args.depths:
         table = {}
         for depth in args.depths:
             print(f"\nL={depth}", end="")
@@ -230,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             table = results | table  # the first group's torchvision stays
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
-    if args.plot:
+    if args.plot and not args.imagenet:
         (draw_depths if args.depths else draw)(table, args.plot)
     return 0
 
