@@ -463,9 +463,9 @@ class EfficientBlock(torch.autograd.Function):
     A bottleneck's second batch norm follows the same lines with a single reader. Kept for the backward pass: xhat,
     each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
 
-    Sharing xhat, with a scale and shift a layer, was done before by Schlueter (Lasagne/Recipes, densenet_fast.py, 2016),
-    splitting and fusing batch norm on a CPU by Jung et al. (arXiv 1807.01702). New are the exact backward pass with
-    memory linear in depth and no convolution made again, and running statistics that stay right.
+    Sharing xhat, with a scale and shift a layer, was done before by Schlüter (Lasagne/Recipes, densenet_fast.py,
+    2016), splitting and fusing batch norm on a CPU by Jung et al. (arXiv 1807.01702). New are the exact backward pass
+    with memory linear in depth and no convolution made again, and running statistics that stay right.
 
     Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. A layer is
     worked through in tiles of images, so that what is made in between stays in a CPU's cache.
