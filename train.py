@@ -32,7 +32,7 @@ from lib import data, distributed
 from lib.batches import Batches, batch_sizes, draw, dropout_seed
 from lib.cli import printable, tell, warn
 from lib.cuda_graph import GraphedStep
-from lib.device import environment, restore_threads, set_up_device, warn_of_differences
+from lib.device import environment, is_out_of_memory, restore_threads, set_up_device, warn_of_differences
 from lib.distributed import World, broadcast, share_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
@@ -64,7 +64,8 @@ class Training(NamedTuple):
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
                labels: torch.Tensor, share: float) -> torch.Tensor:
-    """A step of training. -> (2,): the batch's mean loss and its error in percent, on the device (reading waits for it)
+    """A step of training. -> (2,): the batch's mean loss and its error in percent, on the device: reading
+    them waits for it
 
     ``share`` is the global batch size / world size. DDP averages gradients over the ranks, so a summed loss divided by
     this gives the mean over the global batch, even where one rank has an image more than another. The mean of loss and
@@ -94,7 +95,7 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
     read_every = 1 if batches.device.type == "cpu" else math.ceil(n / 8)  # a read waits for the GPU
     pending, sizes, total, done = [], [], np.zeros(2), 0
     with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False,
-              disable=None if world.rank == 0 else True) as bar:
+              disable=None if world.rank == 0 else True) as bar:  # None: hidden where stderr is no terminal
         for images, labels, size in stream:  # size: of the batch, over all ranks
             pending.append(step(images, labels, size / world.size))
             sizes.append(size)
@@ -105,7 +106,7 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
                     check_finite(values, epoch, done)
                     run.add("train.csv", [(epoch - 1 + i / n, *v) for i, v in enumerate(values, done)])
                 bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
-                total += np.array(sizes) @ np.array(values)
+                total += np.array(sizes) @ np.array(values)  # sums over images: means times batch sizes
                 done += len(pending)
                 pending, sizes = [], []
     return (total / batches.n).tolist()
@@ -117,9 +118,9 @@ def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace,
     """-> mean loss and error in percent over all images, of which each rank takes its part; with ``per_class`` then
     a list of each class's error in percent (None for a class without images)"""
     net.eval()
-    double = torch.float32 if batches.device.type == "mps" else torch.float64
-    total = torch.zeros(2, dtype=double, device=batches.device)
-    wrong, seen = (torch.zeros(net.fc.out_features, dtype=double, device=batches.device) for _ in range(2))
+    dtype = torch.float32 if batches.device.type == "mps" else torch.float64  # mps has no float64
+    total = torch.zeros(2, dtype=dtype, device=batches.device)
+    wrong, seen = (torch.zeros(net.fc.out_features, dtype=dtype, device=batches.device) for _ in range(2))
     for images, labels, _ in batches.plain(evaluation_size(batches, args.batchSz), None, world.rank, world.size):
         with autocast(images.device, args.precision):
             output = net(images)
@@ -133,12 +134,13 @@ def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace,
     mean = (sum_over_ranks(total, world) / batches.n).tolist()
     if not per_class:
         return mean
-    return *mean, [100 * w / n if n else None for w, n in zip(wrong.tolist(), seen.tolist(), strict=True)]
+    return *mean, [100 * w / n if n else None for w, n in zip(sum_over_ranks(wrong, world).tolist(),
+                                                                 sum_over_ranks(seen, world).tolist(), strict=True)]
 
 
 def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[str, Any]:
     """Trains to the last epoch. -> the state after it"""
-    args, train, val, test, net, step, optimizer, state = training
+    args, train, val, test, net, step, optimizer, state = training  # the state is changed in place
     name = "val" if val else "test"
     for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
         start = time.perf_counter()
@@ -173,6 +175,7 @@ def test_best(training: Training, run: Run, world: World) -> None:
     last, epoch = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
     net.load_state_dict(broadcast(run.read_best(epoch)["model"] if world.rank == 0 else None, world))
     loss, error = evaluate(net, training.test, args, world)
+    check_evaluation("test", loss, state["epoch"])
     net.load_state_dict(last)
     state["test"] = {"loss": loss, "error": error}
     if world.rank == 0:
@@ -215,8 +218,8 @@ def check_evaluation(name: str, loss: float, epoch: int) -> None:
 
 
 def advice(epoch: int) -> str:
-    kept = f"latest.pth is that of epoch {epoch - 1}" if epoch > 1 else "no epoch was finished yet"
-    return f"{kept}; a new run with a lower --lr may go well (with --overwrite or another --save)"
+    kept = f"latest.pth holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished yet"
+    return f"{kept}; start again with a lower --lr (and --overwrite or another --save)"
 
 
 def weights(net: densenet.DenseNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -288,6 +291,8 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
             optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             match_formats(optimizer)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
             raise RunError(f"the checkpoint in {args.save} does not fit its own flags: its weights are those of "
                            "another network") from error
     return net.train(), optimizer
@@ -367,7 +372,8 @@ def summary(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Prints the loss and error of --evaluate. Of the flags below, those that are not given are the checkpoint's."""
+    """Prints the loss and error of --evaluate. --dataset, --data, --classes,
+    --imageSize, --precision, --device, --no-cuda and --deterministic default to the checkpoint's."""
     if world.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
     checkpoint = densenet.read_checkpoint(args.evaluate)
@@ -427,8 +433,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None if closed, as by 2>&-
-                              for stream in (sys.stdout, sys.stderr))
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     status = main()
     try:
         sys.stdout.flush()

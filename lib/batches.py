@@ -49,8 +49,8 @@ def draw(n: int, seed: int, epoch: int, padding: int = 4) -> Augmentation:
 def batch_sizes(n: int, batchSz: int, processes: int = 1) -> list[int]:
     """Sizes of an epoch's batches, summed over the ranks; they add up to n.
 
-    A remainder smaller than ``processes`` joins the batch before it, so that each rank has a part of each batch,
-    unless there are fewer images than ranks.
+    If the last batch had fewer images than ranks, its images are added to the batch before: each rank has a part of
+    each batch, unless there are fewer images than ranks.
     """
     sizes, rest = [batchSz] * (n // batchSz), n % batchSz
     if sizes and rest < processes:
@@ -121,7 +121,7 @@ class Batches:
         inside = ((y >= 0) & (y < self.height))[:, :, None] & ((x >= 0) & (x < self.width))[:, None, :]
         at = torch.where(inside, at, len(self.pixels) - 1)
         batch = self.pixels[at].float().div_(255)
-        if self.border == "mean":  # (0 - 0 * mean) / std in the border: no pass more than with black
+        if self.border == "mean":  # subtract the mean inside only; the border stays 0
             batch.addcmul_(inside[..., None].float(), self.mean, value=-1)
         else:
             batch.sub_(self.mean)

@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """-> all flags; only those that stand on the command line, defaults among them"""
+        """-> all flags; those given on the command line, even if equal to the default"""
+        # argparse cannot tell a default from a given value: parse again with a marker as every default
         defaults = vars(self.parse_args([]))
         unset = object()
         explicit = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
             is_right = isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
         else:
             try:
-                parsed = self._get_values(action, [str(value)])
+                parsed = self._get_values(action, [str(value)])  # private: a command line's checks of type and choice
                 is_right = parsed == value and type(value) in (str, int, float)
             except argparse.ArgumentError:
                 is_right = False
@@ -111,6 +112,11 @@ def flag(name: str, value: Any = True) -> str:
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 
 def printable(text: str) -> str:
     """``text`` with control characters escaped: the name of a file or class may hold commands for a terminal."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from lib.cli import warn
+from lib.cli import first_line, warn
 from lib.device import is_out_of_memory
 
 
@@ -16,8 +16,8 @@ class CaptureFailed(RuntimeError):
 class GraphedStep:
     """A training step whose thousands of kernels are replayed as one CUDA graph, at the cost of one launch.
 
-    A graph has fixed shapes and a fixed learning rate. So a batch of another size runs eagerly, and a new rate is
-    captured again.
+    A graph has fixed shapes and a fixed learning rate. So a batch of another size runs eagerly, and the step is
+    captured again for each new rate.
     """
 
     def __init__(self, eager: Callable[..., torch.Tensor], net: nn.Module, optimizer: torch.optim.Optimizer,
@@ -110,7 +110,3 @@ class GraphedStep:
         with torch.cuda.graph(graph, stream=self.stream):
             self.step()
         return graph
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Reads the data sets that train.py knows into memory. All that train.py needs of images is to be had from here:
+"""Reads the data sets that train.py knows into memory. Reads the data sets that train.py knows into memory:
 what batches.py, image_folder.py and image_set.py offer, too.
 
     train, test = data.load("cifar10", "data")
@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import calculate_md5, download_url
 
 from lib.batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
+from lib.cli import first_line
 from lib.image_folder import load_folder
 from lib.image_set import (
     DataError,
@@ -27,7 +28,6 @@ from lib.image_set import (
     digest,
     hold_out,
     mean_and_std,
-    reason,
     select_classes,
     shorten,
     with_channels,
@@ -188,7 +188,7 @@ def read_names(path: Path, n: int) -> list[str]:
     try:
         names = path.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({reason(error)})") from error
+        raise DataError(f"{path} cannot be read ({first_line(error)})") from error
     if len(set(names)) != n or len(names) != n:
         raise DataError(f"{path} has {len(names)} names, {len(set(names))} of them different; valid are {n}")
     return names
@@ -227,7 +227,7 @@ def read_svhn(root: Path, split: str, may_download: bool) -> tuple[torch.Tensor,
     try:
         content = SVHNFile(root, split)
     except Exception as error:  # kinds of scipy, zlib and numpy
-        raise DataError(f"{path} cannot be read ({reason(error)})") from error
+        raise DataError(f"{path} cannot be read ({first_line(error)})") from error
     images, labels = content.data, torch.from_numpy(content.labels).reshape(-1)
     if images.shape != (len(labels), 3, 32, 32) or images.dtype != np.uint8 or not len(labels):
         raise DataError(f"{path} has {len(labels)} labels and {images.dtype} images of shape {images.shape}; valid are "
@@ -274,8 +274,9 @@ def download(title: str, root: Path, name: str, fetch: Callable[[str], object], 
             (Path(temporary) / name).rename(root / name)
     except Exception as error:  # kinds of torchvision, urllib, tarfile and the file system
         raise DataError(
-            f"no {title} in {root}, and its download failed ({reason(error)}); put {valid} there, or try the built-in "
-            "sample: ./train.py --data tests/cifar10-sample --depth 22 --nEpochs 10 --save work/sample") from error
+            f"no {title} in {root}, and its download failed ({first_line(error)}); put {valid} there, or try the "
+            "built-in sample: ./train.py --data tests/cifar10-sample --depth 22 --nEpochs 10 --save work/sample"
+        ) from error
 
 
 @contextlib.contextmanager

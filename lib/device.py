@@ -20,8 +20,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     gpus = torch.cuda.device_count()  # without touching any
     if world.size > 1 and args.device in (None, "cuda") and gpus and not args.no_cuda:
         if gpus < world.local_size:
-            raise ValueError(f"--nproc-per-node {world.local_size} is more than the {gpus} GPUs here; valid is at "
-                             "most that, or any number with --no-cuda")
+            raise ValueError(f"--nproc-per-node {world.local_size} is more than the {gpus} GPUs here; use at most "
+                             f"{gpus}, or --no-cuda")
         return torch.device("cuda", world.local_rank)
     if args.device is None:
         return torch.device("cuda:0" if gpus and not args.no_cuda else "cpu")
@@ -93,7 +93,7 @@ def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argpar
                  f"{args.batchSz // value} images and not {args.batchSz // before}, so the results will differ by more "
                  "than rounding")
         else:
-            warn(f"{name} is {value}, the run had {before}: it continues, but not to the same last bits")
+            warn(f"{name} is {value}, the run had {before}: results may differ in the last digits")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """The processes (ranks) of one training that torchrun has started, and batch norm over all of them.
 
 Without torchrun there is one rank and no process group. Every rank calls the collective functions at the same point.
-If a rank fails, the others find its connection closed: their collectives raise an error that ``is_peer_failure`` knows.
+If a rank fails, the others find its connection closed: over gloo, their collectives then raise an error that
+``is_peer_failure`` knows.
 """
 
 import contextlib
@@ -65,14 +66,14 @@ def agree_on_prefix(store: dist.Store, world: World) -> str:
 
 
 def end() -> None:
-    """Ends the process group, if there is one. Without it a process that fails may end by a signal."""
-    if dist.is_available() and dist.is_initialized():
+    """Ends the process group, if there is one. Without this call a failing process may be killed by a signal."""
+    if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # the other ranks may be gone
             dist.destroy_process_group()
 
 
 def broadcast(value: Any, world: World) -> Any:
-    """-> rank 0's value, on every rank. The others' is not looked at."""
+    """-> rank 0's value, on every rank. Other ranks' values are ignored."""
     values = [value]
     if world.size > 1:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -92,8 +93,8 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def average_gradients(net: nn.Module, world: World) -> nn.Module:
-    """-> ``net``, or around it DDP, which averages the gradients during the backward pass. Each rank normalises by its
-    own batch statistics."""
+    """-> ``net``, or around it DDP, which averages the gradients during the backward pass. Batch norm's statistics are
+    not synchronised here; see SyncBatchNorm2d."""
     if world.size == 1:
         return net
     ddp = nn.parallel.DistributedDataParallel

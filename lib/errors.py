@@ -4,7 +4,7 @@ import shlex
 
 import torch
 
-from lib.cli import tell
+from lib.cli import first_line, tell
 from lib.cuda_graph import CaptureFailed
 from lib.device import is_out_of_memory
 from lib.distributed import World, is_peer_failure
@@ -14,13 +14,12 @@ from lib.run_directory import Run
 def report(error: Exception, run: Run | None, world: World) -> int:
     """Prints in one line what a user can cause or mend. -> the exit status; any other error is raised again
 
-    Ranks above 0 stay quiet where rank 0 tells: of a wrong command line, and of another rank that has ended.
+    Other ranks print nothing for errors that rank 0 also reports: a wrong command line, a rank that has ended.
     """
     begun = run is not None and run.begun
     hint = how_to_continue(run, world)
     if is_out_of_memory(error):
-        reason = ("the memory does not hold a training step; a new run with a smaller --batchSz, or with --efficient "
-                  "max, needs less")
+        reason = "out of memory; a new run with a smaller --batchSz, or with --efficient max, needs less"
     elif isinstance(error, (FloatingPointError, CaptureFailed)):  # it would happen again
         reason = str(error)
     elif isinstance(error, ValueError):
@@ -28,7 +27,7 @@ def report(error: Exception, run: Run | None, world: World) -> int:
     elif isinstance(error, OSError):
         reason = f"{error.filename}: {error.strerror}{hint}" if error.filename else f"{error}{hint}"
     elif isinstance(error, torch.AcceleratorError):
-        reason = f"{str(error).splitlines()[0]}{hint}"
+        reason = f"{first_line(error)}{hint}"
     elif world.size > 1 and is_peer_failure(error):
         reason = f"another process has ended{hint}" if world.rank == 0 else None
     else:

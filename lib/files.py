@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# what file systems without locks, or without fsync of a directory, answer: Lustre, NFS, CIFS, shared folders
+# errnos of file systems that have no locks, or no fsync of a directory: Lustre, NFS, CIFS, shared folders
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -60,7 +60,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if not getattr(error, "is_named", False):  # by a block inside this one
+            error.filename, error.is_named = str(path), True
         raise
 
 

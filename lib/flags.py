@@ -57,10 +57,10 @@ def get_args_parser(description: str = "") -> Parser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
-                       help="images a step, over all processes (default: %(default)s)")
+                       help="images per training step, summed over all processes (default: %(default)s)")
     group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=None,
-                       help="with --resume it can be more than the run had; the rest has its last rate (default: 300; "
-                            "svhn 40)")
+                       help="epochs to train (default: 300; svhn 40). With --resume it may be increased; the added "
+                            "epochs use the last learning rate")
     group.add_argument("--opt", choices=tuple(LEARNING_RATE), default="sgd",
                        help="sgd: momentum 0.9, the rate falls to a tenth at 1/2 and a hundredth at 3/4 of the epochs; "
                             "adam, rmsprop: constant rate (default: %(default)s)")
@@ -70,10 +70,11 @@ def get_args_parser(description: str = "") -> Parser:
     group.add_argument("--weightDecay", metavar="D", type=number(float, 0, 1e6), default=1e-4,
                        help="L2 penalty on all parameters (default: %(default)s)")
     group.add_argument("--no-nesterov", action="store_true", help="plain momentum with --opt sgd")
-    group.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1, help="default: %(default)s")
+    group.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
+                       help="of weights, order, crops, flips, dropout and the validation split (default: %(default)s)")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                       help="of products and activations; statistics, loss and weights are always float32. tf32: "
-                            "products of 10-bit mantissas, on a GPU; bf16: bfloat16 (default: %(default)s)")
+                       help="of matrix products and activations; statistics, loss and weights are always float32. "
+                            "tf32: products of 10-bit mantissas, on a GPU; bf16: bfloat16 (default: %(default)s)")
     group.add_argument("--syncBN", action="store_true",
                        help="batch norm by the statistics of all processes' images (default: of each one's own)")
 

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from lib.cli import tell
-from lib.image_set import DataError, ImageSet, normal_form, reason, shorten
+from lib.cli import first_line, tell
+from lib.image_set import DataError, ImageSet, normal_form, shorten
+from lib.memory import total_memory
 
 # By content. Pillow reads many more: for PostScript it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
@@ -151,7 +152,7 @@ def check_memory(n: int, imageSize: int) -> None:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of torchrun on this machine: each has all images
     processes = int(processes) if processes.isdecimal() else 1
     needed = 2 * processes * n * 3 * imageSize ** 2  # decoded, and the copy in Batches
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total_memory(torch.device("cpu"))
     if needed > available:
         raise DataError(f"{n} images of {imageSize}x{imageSize} pixels need {needed / 1e9:.1f} GB of memory; this "
                         f"machine has {available / 1e9:.1f} GB")
@@ -231,7 +232,7 @@ def decode_image(path: Path, imageSize: int) -> torch.Tensor:
     except UnidentifiedImageError as error:
         raise DataError(f"{path} cannot be decoded (it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})") from error
     except Exception as error:  # PIL's decoders raise SyntaxError, struct.error and others
-        raise DataError(f"{path} cannot be decoded ({reason(error)})") from error
+        raise DataError(f"{path} cannot be decoded ({first_line(error)})") from error
 
 
 def convert(image: Image.Image, path: Path, imageSize: int) -> torch.Tensor:

@@ -18,11 +18,6 @@ class ImageSet(NamedTuple):
     classes: list[str]
 
 
-def reason(error: Exception) -> str:
-    """The first line of its message, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def shorten(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ... ({len(names)} in all)"
 

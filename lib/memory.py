@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from densenet import DenseNet
+from lib.cli import EFFICIENT
 
 SHARE = 0.8  # of the memory that a step may take by this arithmetic: libraries' workspaces and fragments need the rest
 STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # as large as a parameter, that an optimizer keeps for it
@@ -77,7 +78,7 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, images: int,
     if args.syncBN:
         return Choice(False, "--syncBN needs the textbook layers")
     if args.efficient != "auto":
-        return Choice({"yes": True, "no": False, "max": "max"}[args.efficient], f"--efficient {args.efficient}")
+        return Choice(EFFICIENT[args.efficient], f"--efficient {args.efficient}")
     if device.type not in ("cpu", "cuda"):
         return Choice(False, f"the efficient block does not run on {device.type}")
     if device.type == "cpu" and args.precision != "bf16":

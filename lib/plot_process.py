@@ -24,7 +24,7 @@ class Plotter:
         if self.enabled and self.process is None:
             try:
                 self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                                stderr=subprocess.PIPE, start_new_session=True)  # Ctrl-C is not for it
+                                                stderr=subprocess.PIPE, start_new_session=True)  # away from Ctrl-C
             except OSError as error:
                 self.give_up(str(error))
 

@@ -64,8 +64,8 @@ class Run:
     # --- before anything is written ---------------------------------------------------------------------------
 
     def open(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """-> the newest sound checkpoint of the run to resume; what run.json tells, where an older version wrote no
-        checkpoint yet; None for a new run.
+        """-> the newest sound checkpoint of the run to resume, or run.json's content for a run of version 1.0 that
+        stopped before its first checkpoint; None for a new run.
 
         Raises:
             RunError: if the directory does not fit what the user asked for, nothing can be written there, another
@@ -146,8 +146,9 @@ class Run:
             warn(f"{self.path}: this file system has no locks ({error.strerror}); do not start a second process on "
                  "this run while one is at work")
         self.lock_handle = handle
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with naming(self.path / LOCK):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
 
     def read(self) -> dict[str, Any] | None:
         """As ``open``, of a directory that holds a run."""
@@ -161,9 +162,6 @@ class Run:
             return self.read_json()
         for name, length in checkpoint["csvLengths"].items():
             check_csv(self.path / name, length, checkpoint.get("csvDigests", {}).get(name), checkpoint["epoch"])
-        best = checkpoint["best"]
-        if checkpoint.get("valImages") and best and best["epoch"] != checkpoint["epoch"]:
-            self.read_best(best["epoch"])  # now, and not only at the end, where it is needed
         return checkpoint
 
     def newest_checkpoint(self) -> dict[str, Any] | None:
@@ -186,10 +184,11 @@ class Run:
             if any(os.path.lexists(self.path / name) for name in (LATEST, BEST, PREVIOUS)):
                 raise RunError(f"{problem}; none of the run's checkpoints can be used: start again with --overwrite")
             return None
-        name = max(sound, key=lambda name: sound[name].get("epoch") or 0)
+        name = max(sound, key=lambda name: epoch_of(sound[name]))
         checkpoint = sound[name]
-        if not (has(checkpoint, PARTS) and has(checkpoint, PROGRESS)):
-            raise RunError(f"{self.path / name} is not a checkpoint of a run: parts of it are missing")
+        if not is_whole(checkpoint):
+            raise RunError(f"{self.path / name} is not a checkpoint of a run: parts of it are missing or of a wrong "
+                           "kind")
         if problem:
             warn(f"{problem}; continuing from {name}, epoch {checkpoint['epoch']}")
         self.loaded, self.saved_epoch = name, checkpoint["epoch"]
@@ -231,6 +230,9 @@ class Run:
         if self.lock_handle is None:
             self.lock()
             self.check(resume=False, overwrite=False)  # again, now that nobody else can begin a run
+        best = state["best"] if state.get("valImages") else None
+        if best and best["epoch"] != state["epoch"]:
+            self.read_best(best["epoch"])  # now, and not only at the end, where it is needed
         self.begun = True
         for name in os.listdir(self.path):  # left by a process that was killed while it wrote
             if name.endswith(".tmp") and name.startswith(tuple(f".{file}." for file in FILES)):
@@ -247,7 +249,7 @@ class Run:
         if self.read_json() != about:
             with replacing(self.path / ABOUT) as file:
                 file.write((json.dumps(about, indent=2) + "\n").encode())
-        if state["best"] and state.get("valImages") and state["best"]["epoch"] == state["epoch"]:
+        if best and best["epoch"] == state["epoch"]:
             copy_file(self.path / self.loaded, self.path / BEST)  # it may have been killed before that copy
         for name in CSVS:
             if name != "val.csv" or state.get("valImages"):
@@ -293,7 +295,7 @@ class Run:
         latest = self.path / LATEST
         with replacing(latest) as file:
             file.write(content.getbuffer())
-            # not if it is damaged or missing, and not if this is the same epoch, with the test result or other flags
+            # keep latest.pth as previous.pth, unless it is damaged or holds this same epoch
             if self.loaded == LATEST and self.saved_epoch not in (None, state["epoch"]):
                 copy_file(latest, self.path / PREVIOUS)
         self.loaded, self.saved_epoch = LATEST, state["epoch"]
@@ -303,11 +305,32 @@ class Run:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path / LOCK), os.fstat(self.lock_handle)):
                 return
-        raise RunError(f"{self.path} was moved or replaced while this process used it; nothing more is written there")
+        raise RunError(f"{self.path / LOCK} is missing or another file: the directory may have been moved or replaced; "
+                       "nothing more is written there")
 
 
 def has(content: Any, kinds: dict[str, Any]) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+
+
+def is_whole(checkpoint: dict[str, Any]) -> bool:
+    """Whether all that a run continues from is there and of its kind: the file may be a stranger's."""
+    if not (has(checkpoint, PARTS) and has(checkpoint, PROGRESS) and checkpoint["epoch"] >= 0):
+        return False
+    lengths = checkpoint["csvLengths"]
+    results = [checkpoint["best"], checkpoint.get("val"), checkpoint.get("test")]
+    return (lengths.keys() <= set(CSVS) and all(type(n) is int and n >= 0 for n in lengths.values())
+            and isinstance(checkpoint.get("csvDigests", {}), dict)
+            and all(type(v) in (int, float) for v in checkpoint["mean"] + checkpoint["std"])
+            and all(result is None or has(result, {"error": (int, float)}) for result in results)
+            and (checkpoint["best"] is None or type(checkpoint["best"].get("epoch")) is int)
+            and (checkpoint["best"] is not None or checkpoint["epoch"] == 0)
+            and checkpoint.get("path", "textbook") in ("textbook", "efficient", "max"))
+
+
+def epoch_of(checkpoint: dict[str, Any]) -> int:
+    epoch = checkpoint.get("epoch")
+    return epoch if type(epoch) is int else -1
 
 
 def is_log(path: Path) -> bool:

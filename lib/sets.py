@@ -64,7 +64,8 @@ def check_same_images(args: argparse.Namespace, sets: Sets, saved: dict[str, Any
     now = {"classes": sets.train.classes, **set_sizes(sets)}
     before = {name: saved.get(name) for name in now}
     before["classes"] = [normal_form(str(name)) for name in saved["classes"]]
-    same_colours = np.allclose(sets.mean + sets.std, saved["mean"] + saved["std"], rtol=0, atol=1e-9)
+    colours, before_colours = sets.mean + sets.std, saved["mean"] + saved["std"]
+    same_colours = len(colours) == len(before_colours) and np.allclose(colours, before_colours, rtol=0, atol=1e-9)
     if now != before or not same_colours or saved.get("digests", sets.digests) != sets.digests:
         raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
 
