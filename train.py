@@ -41,7 +41,7 @@ from lib.layers import PATHS
 from lib.memory import count
 from lib.network import check_images, check_network, make_net, pretrained_weights
 from lib.plot_process import Plotter
-from lib.run_directory import Run, RunError
+from lib.run_directory import Run, RunError, is_finished
 from lib.sets import Sets, load_on_every_rank
 from lib.signals import Stopped, stopping
 from lib.state import initial_state, resumed_state
@@ -332,7 +332,7 @@ def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: W
         restore_threads(saved["environment"], world)
     plotter = Plotter(args.save, enabled=not args.no_plot and world.rank == 0)
     result = saved
-    if saved is None or saved.get("epoch", 0) < args.nEpochs or not saved["test"]:
+    if not is_finished(saved, args.nEpochs):
         training = prepare(args, saved, device, world)
         if world.rank == 0:
             run.begin(training.state | weights(training.net, training.optimizer), saved)

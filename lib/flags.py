@@ -8,7 +8,7 @@ from typing import Any
 from lib import data
 from lib.cli import Parser, add_network_flags, flag, number, path
 from lib.network import ARCHS
-from lib.run_directory import RunError
+from lib.run_directory import RunError, is_finished
 
 LEARNING_RATE = {"sgd": 0.1, "adam": 1e-3, "rmsprop": 1e-2}
 EPOCHS = {"svhn": 40}  # the paper's; 300 on the others
@@ -159,10 +159,10 @@ def resumed_args(args: argparse.Namespace, explicit: dict[str, Any], saved: dict
             raise RunError(f"{flag(name, value)} contradicts the run in {args.save}, which has "
                            f"{flag(name, before) or 'not set it'}; leave it out to continue that run, or name another "
                            "--save")
-    if "data" not in explicit and not os.path.exists(of_run.data):
-        raise RunError(f"the run's --data {of_run.data} is not to be found from here; start in the directory in which "
-                       "the run was started, or give --data")
     merged = vars(of_run) | explicit | {name: getattr(args, name) for name in OF_THE_COMMAND}
     if "device" in explicit or "no_cuda" in explicit:  # one replaces the other
         merged |= {"device": args.device, "no_cuda": args.no_cuda}
+    if "data" not in explicit and not os.path.exists(of_run.data) and not is_finished(saved, merged["nEpochs"]):
+        raise RunError(f"the run's --data {of_run.data} is not to be found from here; start in the directory in which "
+                       "the run was started, or give --data")
     return argparse.Namespace(**merged)

@@ -36,6 +36,11 @@ PROGRESS = {"epoch": int, "best": (dict, type(None)), "csvLengths": dict, "model
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link could lead to another file of the user's
 
 
+def is_finished(saved: dict[str, Any] | None, nEpochs: int) -> bool:
+    """Whether the saved run has nothing left to train or test, so that its images are not needed."""
+    return saved is not None and saved.get("epoch", 0) >= nEpochs and bool(saved.get("test"))
+
+
 class RunError(ValueError):
     """What was asked cannot be done with this run directory; the message is one line for the user."""
 
