@@ -201,7 +201,8 @@ def test_data_device_and_directory_may_change(half, whole, images, tmp_path):
     shutil.copytree(images, tmp_path / "copy")
     argv = ["--data", str(tmp_path / "copy"), "--device", "cpu"]
     assert resume(moved, *argv) == 0
-    assert {name.partition("/")[2] for name in differences(whole, moved)} == {"flags/data", "flags/device"}
+    assert {name.partition("/")[2] for name in differences(whole, moved)} == {
+        "flags/data", "flags/device", "flags/no_cuda"}  # --device replaces --no-cuda
     assert json.loads((moved / "run.json").read_text())["flags"]["device"] == "cpu"
 
 

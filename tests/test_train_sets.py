@@ -313,6 +313,7 @@ def test_a_run_whose_data_are_elsewhere_is_not_downloaded_anew(sample, tmp_path,
     assert train.main(["--data", Path(sample).name, *NOT_OF_A_RUN, "--save", str(tmp_path / "run")]) == 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
+    capsys.readouterr()
     for argv in (["--resume", "--nEpochs", "2", "--save", "run"], ["--evaluate", "run/latest.pth"]):
         assert "--data cifar10-sample is not to be found from here" in refused(train.main, capsys, *argv)
     assert train.main(["--evaluate", "run/latest.pth", "--data", sample]) == 0
