@@ -69,8 +69,8 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     bad = sorted((broken / "train/dog").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:60])
-    argv = ["--dataset", "folder", "--data", broken, *NOT_OF_A_RUN, "--save", tmp_path / "run"]
-    err = refused(train.main, capsys, *argv)
+    err = refused(train.main, capsys, "--dataset", "folder", "--data", broken, *NOT_OF_A_RUN,
+                  "--save", tmp_path / "run")
     assert str(bad) in err
     assert not (tmp_path / "run").exists()
 
