@@ -63,7 +63,7 @@ def test_dropout_of_a_run_has_no_seed_in_common_with_the_permutations_of_any_oth
     assert min(dropout) > epoch_seed(2**32 - 1, 10**6)  # hence for all of them
 
 
-def test_random_numbers_are_private(monkeypatch):
+def test_random_numbers_neither_depend_on_nor_change_torchs_own(monkeypatch):
     """Neither torch's global generator, nor the thread count, nor what was drawn before has a say, nor notices."""
     expected = data.draw(500, 1, 1)
     torch.manual_seed(5)
@@ -126,7 +126,7 @@ def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
 @pytest.mark.parametrize("n, batchSz, processes, expected", [
     (21, 4, 1, [4, 4, 4, 4, 4, 1]), (20, 4, 1, [4] * 5), (21, 4, 2, [4, 4, 4, 4, 5]), (22, 4, 2, [4, 4, 4, 4, 4, 2]),
     (23, 8, 4, [8, 8, 7]), (19, 8, 4, [8, 11]), (3, 8, 1, [3]), (3, 8, 4, [3]), (0, 8, 2, []), (8, 8, 8, [8])])
-def test_batch_sizes(n, batchSz, processes, expected):
+def test_a_remainder_is_a_batch_of_its_own_or_joins_the_one_before(n, batchSz, processes, expected):
     assert data.batch_sizes(n, batchSz, processes) == expected
 
 

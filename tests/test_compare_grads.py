@@ -256,7 +256,7 @@ def test_it_fails_if_the_textbook_path_runs_for_the_efficient_one(capsys, monkey
 
 # --- files ------------------------------------------------------------------------------------------------------
 
-def test_csv_and_figure(tmp_path, capsys):
+def test_csv_and_figure_replace_older_files_and_hold_every_tensor(tmp_path, capsys):
     table, figure = tmp_path / "rows.csv", tmp_path / "depth.png"
     for path in (table, figure):
         path.write_bytes(b"an older file\n" * 100_000)

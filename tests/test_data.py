@@ -47,7 +47,7 @@ def test_built_in_sample_is_stratified():
 
 
 @pytest.mark.parametrize("where", ["", "cifar-10-batches-bin"])
-def test_binary_records(tmp_path, where):
+def test_binary_records_become_labels_and_pixels(tmp_path, where):
     expected = write_binary(tmp_path / "d" / where)
     for images, records in zip(data.load("cifar10", str(tmp_path / "d")), expected, strict=True):
         assert len(images.images) == len(records)
@@ -84,7 +84,7 @@ def grow_to_full_size(path):
     (lambda path: path.unlink(), "is missing"),
     (make_folder, ""),
 ])
-def test_damaged_file_is_named(tmp_path, name, damage, said):
+def test_a_damaged_binary_file_is_named(tmp_path, name, damage, said):
     write_binary(tmp_path / "d", train=(2, 2, 2), test=2)
     damage(tmp_path / "d" / name)
     message = refused("cifar10", tmp_path / "d")
@@ -191,12 +191,12 @@ def test_download_arrives_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("dataset", data.DATASETS)
-def test_root_that_is_a_file(tmp_path, dataset):
+def test_a_file_in_the_place_of_the_data_directory_is_refused(tmp_path, dataset):
     (tmp_path / "f").write_text("")
     assert "f is not a directory" in refused(dataset, tmp_path / "f")
 
 
-def test_unknown_data_set(tmp_path):
+def test_an_unknown_data_set_is_refused_with_the_valid_ones(tmp_path):
     assert "mnist is no data set; valid are cifar10, cifar100, svhn, folder" in refused("mnist", tmp_path)
 
 
@@ -269,7 +269,7 @@ def write_svhn(folder, sizes, **changes):
 
 
 @pytest.mark.parametrize("extra", [False, True])
-def test_svhn(tmp_path, extra):
+def test_svhn_is_read_with_and_without_its_extra_images(tmp_path, extra):
     made = write_svhn(tmp_path, {"train": 40, "test": 1, "extra": 30})
     train, test = data.load("svhn", str(tmp_path), extra=extra)
     expected = [np.concatenate(parts) for parts in zip(made["train"], *[made["extra"]] * extra, strict=True)]

@@ -167,7 +167,7 @@ def test_dense_connectivity_of_the_efficient_block():
             assert (net.dense1[reader].conv1.weight.grad[:, mine].abs().amax((0, 2, 3)) > 0).all()
 
 
-def test_initialisation():
+def test_convolutions_start_with_he_normal_weights_and_norms_as_identity():
     torch.manual_seed(3)
     net = DenseNet(growthRate=24, depth=40)
     for m in net.modules():
@@ -245,7 +245,7 @@ def test_impossible_input_is_refused(shape, message):
     assert message in str(error.value)
 
 
-def test_other_channel_counts():
+def test_a_network_for_grayscale_with_any_width_of_its_first_convolution():
     net = DenseNet(growthRate=4, depth=10, inChannels=1, initChannels=5)
     assert net.conv1.weight.shape == (5, 1, 3, 3)
     assert net(torch.randn(2, 1, 28, 28)).shape == (2, 10)
@@ -259,7 +259,7 @@ def small():
     return DenseNet(growthRate=4, depth=10)
 
 
-def test_deepcopy_and_pickle(small):
+def test_a_copy_and_a_pickled_state_dict_compute_the_same(small):
     x = torch.randn(2, 3, 16, 16)
     twin = copy.deepcopy(small)
     other = DenseNet(growthRate=4, depth=10)
@@ -270,7 +270,7 @@ def test_deepcopy_and_pickle(small):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compile_as_one_graph(small, training):
+def test_torch_compile_takes_the_network_as_one_graph(small, training):
     small.train(training)
     reference, x = copy.deepcopy(small), torch.randn(2, 3, 16, 16)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")

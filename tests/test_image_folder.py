@@ -36,7 +36,7 @@ def write_folder(root, photographs, gray=("cat/2.png",), test="test"):
     return root
 
 
-def test_folder_of_mixed_images(tmp_path, photographs):
+def test_images_of_mixed_sizes_and_kinds_are_read_by_class(tmp_path, photographs):
     root = write_folder(tmp_path / "d", photographs)
     for name in ("notes.txt", ".hidden.png", "._0.png", "Thumbs.db"):
         (root / "train/cat" / name).write_text("no image")
@@ -137,7 +137,7 @@ def test_classes_that_differ_only_in_unicode_normalisation_are_one(tmp_path, pho
     assert train.classes == test.classes == [composed, "dog"] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_the_test_images_alone(tmp_path, photographs):
+def test_test_images_are_read_without_the_training_images(tmp_path, photographs):
     root = write_folder(tmp_path / "d", photographs)
     _, expected = data.load("folder", str(root), imageSize=24)
     for change in (lambda: (root / "train/cat/0.png").write_text("broken"), lambda: shutil.rmtree(root / "train")):
@@ -175,7 +175,7 @@ def test_any_shape_is_brought_to_the_size(tmp_path, photographs, size):
     assert image_folder.decode_image(tmp_path / "0.png", 16).shape == (3, 16, 16)
 
 
-def test_all_gray_is_one_channel(tmp_path, photographs):
+def test_a_folder_of_grayscale_images_alone_has_one_channel(tmp_path, photographs):
     gray = [f"{name}/{file}" for name in ("cat", "dog") for file in ("0.png", "1.JPG", "2.png", "3.jpeg")]
     train, test = data.load("folder", str(write_folder(tmp_path / "d", photographs, gray)))
     assert train.images.shape == (6, 1, 32, 32) and test.images.shape == (2, 1, 32, 32)
@@ -185,7 +185,7 @@ def test_all_gray_is_one_channel(tmp_path, photographs):
         assert train.images.shape == (6, 3, 32, 32) and test.images.shape == (2, 3, 32, 32)
 
 
-def test_kinds_of_image_files(tmp_path, photographs):
+def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
     """16 bits, palette, transparency, CMYK, bmp, tiff, and a camera held upright"""
     image = photographs["cat"][0]
     for name in ("a.jfif", "a.JPE", "a.jpeg"):

@@ -100,7 +100,7 @@ def test_what_cannot_be_held_out(counts, n, nearest):
         assert len(data.hold_out(whole, int(nearest), seed=1)[1].images) == int(nearest)
 
 
-def test_mean_and_std():
+def test_mean_and_std_are_those_of_the_pixels_in_any_order():
     images = noise(50)
     images[:, 2] = 7  # a constant channel is left as it is
     mean, std = data.mean_and_std(images)

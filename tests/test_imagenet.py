@@ -32,7 +32,7 @@ def moved(net):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameter_counts(name):
+def test_each_network_has_torchvisions_number_of_parameters(name):
     with torch.device("meta"):
         net = getattr(densenet, name)()
     assert sum(p.numel() for p in net.parameters()) == NETWORKS[name]
@@ -213,7 +213,7 @@ def test_impossible_blocks_are_refused(arguments, message):
     assert message in str(error.value)
 
 
-def test_load_rebuilds_it(tmp_path):
+def test_load_rebuilds_a_network_with_an_imagenet_stem(tmp_path):
     net = DenseNet(**SMALL)
     torch.save({"format": 1, "arguments": net.arguments, "model": net.state_dict(), "mean": [0.5] * 3,
                 "std": [0.2] * 3, "classes": list("abcdefg")}, tmp_path / "latest.pth")
@@ -239,7 +239,7 @@ def theirs(net):
     return theirs
 
 
-def test_recipe_spatial_maps(net, theirs):
+def test_readmes_recipe_for_spatial_maps(net, theirs):
     x = torch.randn(2, 3, 64, 64)
     trunk = create_feature_extractor(net, {"bn1": "maps"})
     maps = trunk(x)["maps"]
@@ -249,7 +249,7 @@ def test_recipe_spatial_maps(net, theirs):
     torch.testing.assert_close(net(x), F.relu(maps).mean((2, 3)).log_softmax(1), rtol=1e-4, atol=1e-5)
 
 
-def test_recipe_grad_cam(net, theirs):
+def test_readmes_recipe_for_grad_cam(net, theirs):
     image, label = torch.randn(1, 3, 64, 64), 3
     kept = []
     handle = net.bn1.register_forward_hook(lambda module, inputs, maps: kept.append(maps))
@@ -263,7 +263,7 @@ def test_recipe_grad_cam(net, theirs):
     assert cam.shape == (1, 2, 2) and cam.max() > 0
 
 
-def test_recipe_a_new_head(net):
+def test_readmes_recipe_for_a_new_head(net):
     net.requires_grad_(False)
     net.fc = nn.Linear(net.fc.in_features, 5)
     optimizer = torch.optim.SGD(net.fc.parameters(), lr=0.1)
@@ -273,7 +273,7 @@ def test_recipe_a_new_head(net):
     assert net.conv1.weight.grad is None and net.fc.weight.grad.abs().max() > 0
 
 
-def test_recipe_several_labels_at_once(net, theirs):
+def test_readmes_recipe_for_several_labels_at_once(net, theirs):
     x, labels = torch.randn(2, 3, 64, 64), torch.randint(2, (2, 7)).float()
     criterion = nn.BCEWithLogitsLoss(pos_weight=torch.full((7,), 3.0))
     loss = criterion(net.train().fc(net.features(x)), labels)
@@ -282,7 +282,7 @@ def test_recipe_several_labels_at_once(net, theirs):
     assert net.dense1.last_path == "efficient" and net.conv1.weight.grad.abs().max() > 0
 
 
-def test_recipe_grayscale(theirs):
+def test_readmes_recipe_for_grayscale(theirs):
     weights = theirs.state_dict()
     weights["features.conv0.weight"] = weights["features.conv0.weight"].sum(1, keepdim=True)
     net = DenseNet(**SMALL | {"nClasses": 2}, inChannels=1).eval()

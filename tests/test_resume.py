@@ -115,7 +115,7 @@ def test_every_optimiser_and_path_resumes_exactly(flags, tmp_path, more):
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
-def test_the_comparison_can_fail(whole, run):
+def test_the_comparison_of_runs_sees_a_changed_momentum_and_a_lost_byte(whole, run):
     assert differences(whole, run) == []
     checkpoint = torch.load(run / "latest.pth", weights_only=True)
     checkpoint["optimizer"]["state"][0]["momentum_buffer"][0, 0, 0, 0] += 1e-7
@@ -124,7 +124,7 @@ def test_the_comparison_can_fail(whole, run):
     assert differences(whole, run) == ["test.csv", "latest.pth/optimizer/state/0/momentum_buffer"]
 
 
-def test_killed_at_any_moment():
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes():
     """The short form of tests/benchmarks/kill.py."""
     command = [sys.executable, ROOT / "tests/benchmarks/kill.py", "--n", "1", "--kills", "3", "--images", "80",
                "--threads", "1", "--nEpochs", "6"]

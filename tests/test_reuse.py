@@ -118,7 +118,7 @@ def test_untrained_are_the_first_weights_of_the_run(checkpoint):
 
 # --- the drawing ------------------------------------------------------------------------------------------------
 
-def test_the_files(tmp_path, checkpoint, capsys):
+def test_the_figure_is_written_whole_as_svg_and_png(tmp_path, checkpoint, capsys):
     flags = ["--graph", "reuse", "--checkpoint", checkpoint, "--out", str(tmp_path)]
     assert make_graph.main(flags) == 0
     assert capsys.readouterr() == (f"{tmp_path}/graph-reuse.svg\n{tmp_path}/graph-reuse.png\n", "")
@@ -142,7 +142,7 @@ def test_the_same_files_each_time_and_others_for_the_control(tmp_path, checkpoin
 
 
 @pytest.mark.parametrize("layers", [[1, 1], [2, 6, 4], [9, 16], [6, 12, 48, 32]])
-def test_axes_and_labels(layers):
+def test_each_block_has_a_panel_with_axes_and_labels(layers):
     maps = reuse.reuse_maps(DenseNet(2, blockConfig=layers))
     with matplotlib.style.context(make_graph.STYLE, after_reset=True):
         figure = reuse.draw_reuse(maps, "a title")

@@ -257,7 +257,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run(half, whole, flags, owner, fun
 
 
 @pytest.mark.parametrize("mode", ["--resume", "--overwrite"])
-def test_one_directory_one_process(half, flags, capfd, mode):
+def test_a_directory_in_use_is_refused_to_a_second_process(half, flags, capfd, mode):
     with open(half / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         other.write("4242\n")
@@ -358,7 +358,7 @@ class FileSizeLimit:
 
 
 @pytest.mark.parametrize("limit, file", [(100, "latest.pth"), (10_000, "latest.pth"), (40_000, "latest.pth")])
-def test_a_limit_from_the_start(flags, whole, tmp_path, capsys, limit, file):
+def test_a_disk_that_is_full_from_the_start_is_told_and_resume_continues(flags, whole, tmp_path, capsys, limit, file):
     argv = [*flags, "--save", str(tmp_path / "run")]
     with FileSizeLimit(limit):
         status = train.main(argv)
@@ -368,7 +368,7 @@ def test_a_limit_from_the_start(flags, whole, tmp_path, capsys, limit, file):
     assert train.main([*argv, "--resume"]) == 0 and differences(whole, tmp_path / "run") == []
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_row(images, tmp_path, capfd):
+def test_a_disk_that_is_full_in_the_middle_of_a_row_is_told(images, tmp_path, capfd):
     argv = ["--data", images, "--depth", "10", "--growthRate", "4", "--batchSz", "1", "--nEpochs", "2", "--no-plot"]
     assert train.main([*argv, "--save", str(tmp_path / "whole")]) == 0
     save = tmp_path / "run"
@@ -383,7 +383,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_row(images, tmp_path, capfd):
     assert train.main([*argv, "--save", str(save), "--resume"]) == 0 and differences(tmp_path / "whole", save) == []
 
 
-def test_a_limit_that_comes_later_leaves_the_last_checkpoint(half, whole, capfd):
+def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(half, whole, capfd):
     before = without_lock(half)
     with FileSizeLimit(40_000):
         assert resume(half) == 1
@@ -394,7 +394,7 @@ def test_a_limit_that_comes_later_leaves_the_last_checkpoint(half, whole, capfd)
     assert resume(half) == 0 and differences(whole, half) == []
 
 
-def test_a_small_file_system(flags, whole, tmp_path, capfd):
+def test_a_full_file_system_keeps_the_last_checkpoint(flags, whole, tmp_path, capfd):
     """A real one: room for some checkpoints of 50 kB, and not for the next ones, which are written beside them."""
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -54,7 +54,7 @@ def test_the_rate_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth,
     assert rates == sorted(rates, reverse=True) and set(rates) <= {0.1, 0.1 / 10, 0.1 / 100}
 
 
-def test_drops_stand_exactly_where_the_share_of_epochs_is_reached():
+def test_the_rate_drops_exactly_where_the_share_of_epochs_is_reached():
     for n in [*range(1, 130), 300, 333, 10**6 - 1, 10**6]:
         for epoch in {1, n} | {n * i // 4 + j for i in (1, 2, 3) for j in (-1, 0, 1, 2)}:
             done = Fraction(epoch - 1, n)
@@ -66,7 +66,7 @@ def test_the_other_optimisers_keep_their_rate():
     assert {train.learning_rate(opt, 0.5, e, 10) for opt in ("adam", "rmsprop") for e in range(1, 11)} == {0.5}
 
 
-def test_drops_reach_the_optimiser(images, tmp_path, monkeypatch, capsys):
+def test_the_optimiser_trains_at_the_dropped_rates(images, tmp_path, monkeypatch, capsys):
     used = []
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (used.append(self.param_groups[0]["lr"]), step(self)))
@@ -167,7 +167,7 @@ def test_nonsense_is_refused_in_one_line_and_nothing_is_written(somewhere, capfd
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_directories_without_permission(somewhere, capfd):
+def test_directories_without_permission_are_named_in_one_line(somewhere, capfd):
     for name, mode in (("closed", 0o500), ("unreadable", 0o000)):
         (somewhere / name).mkdir()
         (somewhere / name).chmod(mode)
@@ -426,7 +426,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(images, tmp_path, monkeypatc
         train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")])
 
 
-def test_full_standard_output_and_none(images, tmp_path):
+def test_standard_output_that_is_full_or_closed_is_told_in_one_line(images, tmp_path):
     """What the shell gives a script: /dev/full, a pipe that nobody reads, closed."""
     command = [sys.executable, str(ROOT / "train.py"), "--data", images, *SMALL, "--nEpochs", "1", "--save"]
     line = shlex.join(command)

@@ -75,7 +75,7 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_cifar100(tmp_path):
+def test_cifar100_trains_a_network_of_its_100_fine_classes(tmp_path):
     folder = tmp_path / "cifar-100-binary"
     folder.mkdir()
     draw = np.random.default_rng(0)
