@@ -144,6 +144,11 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def slow(*values: Any) -> Any:
+    """A case of a parametrised test that the quick part leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

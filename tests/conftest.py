@@ -66,8 +66,15 @@ def run(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def stopped(flags, one_thread, tmp_path_factory):
+    """A run that SIGTERM stopped in the second step of epoch 3; not to be written to."""
+    save = tmp_path_factory.mktemp("runs") / "stopped"
+    assert stopped_at("train_step", 8, [*flags, "--save", str(save)]) == 143
+    return save
+
+
 @pytest.fixture
-def half(flags, one_thread, tmp_path):
-    """A run that SIGTERM stopped in the second step of epoch 3."""
-    assert stopped_at("train_step", 8, [*flags, "--save", str(tmp_path / "run")]) == 143
-    return tmp_path / "run"
+def half(stopped, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(stopped, tmp_path / "run")

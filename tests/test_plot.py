@@ -79,6 +79,7 @@ def test_help_says_where_the_figures_go():
     assert "default: the run's own directory; for several runs the current directory" in text
 
 
+@pytest.mark.slow
 def test_300_epochs_take_less_than_5_seconds(tmp_path):
     write_run(tmp_path, n_epochs=300, batches=782)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -93,7 +94,7 @@ def test_imports_neither_torch_nor_pyplot():
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=60).returncode == 0
 
 
-BACKENDS = ["module://matplotlib_inline.backend_inline", "nonsense", "svg", ""]
+BACKENDS = ["module://matplotlib_inline.backend_inline", *map(common.slow, ("nonsense", "svg", ""))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,6 +116,7 @@ def test_import_leaves_the_environment_as_it_was(backend):
     assert (result.stdout.split(), result.stderr) == (["True", repr(backend)], "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "expected"), [("", "svg"), ("import matplotlib; matplotlib.use('pdf'); ", "pdf")])
 def test_who_imports_it_keeps_the_backend_that_was_asked_for(setting, expected):
     code = f"{setting}import plot, matplotlib; print(matplotlib.get_backend())"
@@ -123,6 +125,7 @@ def test_who_imports_it_keeps_the_backend_that_was_asked_for(setting, expected):
     assert result.stdout.split() == [expected]
 
 
+@pytest.mark.slow
 def test_figures_get_the_permissions_of_the_umask(tmp_path):
     run = write_run(tmp_path)
     assert subprocess.run([sys.executable, SCRIPT, run], umask=0o027, capture_output=True).returncode == 0
@@ -335,7 +338,8 @@ def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsy
     assert capsys.readouterr().out.startswith(rf"{tmp_path}/two\nlines/loss.png" + "\n")
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9"), ("utf-8", "caf\xe9")])
+@pytest.mark.parametrize(("encoding", "shown"), [
+    ("ascii", r"caf\xe9"), common.slow("utf-8", "caf\xe9")])
 def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, shown):
     run = write_run(tmp_path / "caf\xe9")
     result = subprocess.run([sys.executable, SCRIPT, run], capture_output=True, timeout=60,

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from common import slow
 from plot_helpers import ESCAPED, ESCAPES, HEADER, SCRIPT, names, refused, write_run
 
 import plot
@@ -89,7 +90,8 @@ def limited(*args):
                           capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("device", "train.csv"), ("device", "test.csv"), ("pipe", "val.csv")])
+@pytest.mark.parametrize(("kind", "name"), [
+    ("device", "train.csv"), slow("device", "test.csv"), slow("pipe", "val.csv")])
 def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
     run = write_run(tmp_path, val=True)
     (run / name).unlink()

@@ -111,6 +111,7 @@ def argv(images):
     return ["--data", images, *SMALL, "--no-cuda", "--resume"]
 
 
+@pytest.mark.slow
 def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
     more = ["--data", cut_sample(tmp_path / "images", train=160), *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
@@ -125,6 +126,7 @@ def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
         assert abs(table(tmp_path / name / "test.csv")[-1, 1] - table(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")
 def test_a_killed_worker_is_started_again_and_all_ends_the_same(argv, tmp_path):
     more = [*argv, "--nEpochs", "6", "--dropRate", "0.1"]
@@ -137,6 +139,7 @@ def test_a_killed_worker_is_started_again_and_all_ends_the_same(argv, tmp_path):
     assert len(rows(tmp_path / "killed" / "train.csv")) == 30
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_stops_all_and_resume_goes_on(argv, tmp_path):
     process = torchrun(ROOT / "train.py", *argv, "--nEpochs", "300", "--save", tmp_path / "run")
     wait_for(lambda: has_tested_twice(tmp_path / "run"), process)
@@ -164,6 +167,7 @@ def worker(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_in_one(argv, tmp_path, capfd):
     save = ["--save", str(tmp_path / "run")]
     finished(torchrun(ROOT / "train.py", *argv, "--syncBN", "--nEpochs", "1", *save))
@@ -172,6 +176,7 @@ def test_a_run_of_two_goes_on_in_one(argv, tmp_path, capfd):
     assert len(rows(tmp_path / "run" / "test.csv")) == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_says_what_changes(argv, tmp_path, capfd):
     """Without --syncBN each rank normalises by its own part of the batch: more than a rounding difference."""
     save = ["--save", str(tmp_path / "run")]
@@ -197,6 +202,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_is_told_in_one_line_and_ends_all(argv, tmp_path, rank):
     script = tmp_path / "faulty.py"
@@ -210,6 +216,7 @@ def test_a_rank_that_fails_is_told_in_one_line_and_ends_all(argv, tmp_path, rank
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_other_images_on_another_rank_are_refused(argv, tmp_path):
     script = tmp_path / "faulty.py"
     text = FAULTY.replace("raise {error}", "return load(args)._replace(digests={{'train': 'other'}})")
@@ -219,6 +226,7 @@ def test_other_images_on_another_rank_are_refused(argv, tmp_path):
     assert process.returncode != 0 and "rank 1: --data" in out and "holds other images than on rank 0" in out
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_once(argv, tmp_path):
     process = torchrun(ROOT / "train.py", *argv, "--batchSz", "31", "--save", tmp_path / "run")
     out = process.communicate(timeout=60)[0]

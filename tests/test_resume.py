@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import EPOCHS, SMALL, contents, cut_sample, differences, edit, one_line, resume, run_refused, stopped_at
+from common import (
+    EPOCHS,
+    SMALL,
+    contents,
+    cut_sample,
+    differences,
+    edit,
+    one_line,
+    resume,
+    run_refused,
+    slow,
+    stopped_at,
+)
 
 import lib.batches
 import train
@@ -25,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- stopped and resumed ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("function, call, kept", [
-    ("train_step", 1, 0), ("train_step", 3, 0), ("evaluate", 1, 0), ("train_step", 5, 1), ("train_step", 10, 3),
-    ("evaluate", 4, 3), ("train_epoch", 2, 1)])
+    slow("train_step", 1, 0), slow("train_step", 3, 0), slow("evaluate", 1, 0), ("train_step", 5, 1),
+    slow("train_step", 10, 3), slow("evaluate", 4, 3), slow("train_epoch", 2, 1)])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_at_once_and_says_how_to_continue(
         flags, whole, tmp_path, capfd, function, call, kept, number, status):
@@ -40,8 +52,8 @@ def test_a_signal_stops_at_once_and_says_how_to_continue(
 
 
 @pytest.mark.parametrize("function, call", [
-    *(("fsync", call) for call in range(1, 16, 2)), *(("replace", call) for call in range(1, 6)),
-    *(("ftruncate", call) for call in (1,)), *(("unlink", call) for call in (1,))])
+    ("fsync", 8), ("replace", 3), *(slow("fsync", call) for call in range(1, 16, 2)),
+    *(slow("replace", call) for call in (1, 2, 4, 5)), slow("ftruncate", 1), slow("unlink", 1)])
 def test_a_signal_inside_a_write_leaves_the_old_file_or_the_new(flags, whole, tmp_path, function, call):
     save = tmp_path / "run"
     argv = [*flags, "--save", str(save)]
@@ -60,6 +72,7 @@ def test_a_signal_before_the_training_leaves_nothing(flags, tmp_path, capfd, mod
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
 
 
+@pytest.mark.slow
 def test_signals_stop_the_imports_and_a_second_one_ends_the_process(flags, tmp_path):
     """The script itself: no traceback while it imports torch; a second signal ends it while it handles the first."""
     argv = [*flags, "--save", str(tmp_path / "run")]
@@ -103,8 +116,8 @@ def test_a_signal_that_is_ignored_stays_so(flags, tmp_path):
 
 
 @pytest.mark.parametrize("more", [
-    ["--opt", "adam", "--dropRate", "0.2"], ["--opt", "rmsprop", "--no-augment"],
-    ["--no-nesterov", "--no-bottleneck", "--efficient", "max", "--dropRate", "0.1"], ["--efficient", "no"],
+    ["--opt", "adam", "--dropRate", "0.2"], slow(["--opt", "rmsprop", "--no-augment"]),
+    slow(["--no-nesterov", "--no-bottleneck", "--efficient", "max", "--dropRate", "0.1"]), slow(["--efficient", "no"]),
 ], ids=" ".join)
 def test_every_optimiser_and_path_resumes_exactly(flags, tmp_path, more):
     argv = [*flags, *more, "--save"]
@@ -124,6 +137,7 @@ def test_the_comparison_of_runs_sees_a_changed_momentum_and_a_lost_byte(whole, r
     assert differences(whole, run) == ["test.csv", "latest.pth/optimizer/state/0/momentum_buffer"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes():
     """The short form of tests/benchmarks/kill.py."""
     command = [sys.executable, ROOT / "tests/benchmarks/kill.py", "--n", "1", "--kills", "3", "--images", "80",
@@ -160,7 +174,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(images, tmp_path,
     assert differences(whole, tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'{"flags": {}}', b"\xff"])
+@pytest.mark.parametrize("content", [
+    b"{", b"null", slow(b""), slow(b"[]"), slow(b'{"flags": {}}'), slow(b"\xff")])
 def test_a_damaged_run_json_is_made_again(half, whole, content):
     (half / "run.json").write_bytes(content)
     assert resume(half) == 0 and differences(whole, half) == []
@@ -239,6 +254,7 @@ def test_a_prolonged_run_that_is_stopped_before_its_next_save_knows_of_it(run, t
     assert torch.load(run / "latest.pth", weights_only=True)["epoch"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_prolonged_run_with_validation_is_tested_once_at_its_new_end(flags, tmp_path, step):
     argv = [*flags, "--valSize", "20"]
@@ -288,7 +304,7 @@ def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, 
     assert "the run had abacus" in warnings[0] and f"torch is {torch.__version__}, the run had 1.0" in warnings[1]
 
 
-@pytest.mark.parametrize("threads", [10**6, 0, -1, "many"])
+@pytest.mark.parametrize("threads", [10**6, slow(0), slow(-1), "many"])
 def test_a_saved_thread_count_that_cannot_be_is_not_believed(half, threads, capfd):
     environment = torch.load(half / "latest.pth", weights_only=True)["environment"]
     edit(half / "latest.pth", environment=environment | {"threads": threads})

@@ -24,6 +24,7 @@ from common import (
     one_line,
     resume,
     run_refused,
+    slow,
     stopped_at,
     without_lock,
 )
@@ -50,9 +51,10 @@ def inside_of_a_tensor(path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda p: os.truncate(p, 0), lambda p: os.truncate(p, 100), lambda p: os.truncate(p, p.stat().st_size // 2),
-    lambda p: os.truncate(p, p.stat().st_size - 1), lambda p: flip(p, inside_of_a_tensor(p)), lambda p: flip(p, 32),
-    lambda p: p.write_bytes(b"\0" * p.stat().st_size), lambda p: p.unlink()],
+    slow(lambda p: os.truncate(p, 0)), slow(lambda p: os.truncate(p, 100)),
+    slow(lambda p: os.truncate(p, p.stat().st_size // 2)), slow(lambda p: os.truncate(p, p.stat().st_size - 1)),
+    lambda p: flip(p, inside_of_a_tensor(p)), slow(lambda p: flip(p, 32)),
+    slow(lambda p: p.write_bytes(b"\0" * p.stat().st_size)), lambda p: p.unlink()],
     ids=["empty", "100 bytes", "half", "last byte", "bit in a tensor", "bit in a header", "zeros", "gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(half, whole, capfd, damage):
     previous = (half / "previous.pth").read_bytes()
@@ -179,7 +181,7 @@ def test_overwrite_replaces_a_run(half, images, whole, flags, tmp_path):
     assert torch.load(half / "previous.pth", weights_only=True)["epoch"] == 0
 
 
-@pytest.mark.parametrize("mode", [[], ["--resume"], ["--overwrite"]])
+@pytest.mark.parametrize("mode", [slow([]), ["--resume"], slow(["--overwrite"])])
 def test_other_files_do_not_matter_and_stay(tmp_path, flags, whole, mode):
     """A file manager's, a scheduler's, `tee log.txt`."""
     run = tmp_path / "run"
@@ -235,7 +237,8 @@ def test_empty_directory_and_remains_of_a_start_are_no_obstacle(tmp_path, flags,
 
 
 @pytest.mark.parametrize("owner, function, call", [
-    *((Path, "unlink", call) for call in range(1, 7)), *((os, "replace", call) for call in (1, 2, 3))])
+    (Path, "unlink", 1), (os, "replace", 1), *(slow(Path, "unlink", call) for call in range(2, 7)),
+    *(slow(os, "replace", call) for call in (2, 3))])
 def test_an_overwrite_that_is_killed_leaves_a_run(half, whole, flags, owner, function, call, monkeypatch):
     original, calls = getattr(owner, function), []
 
@@ -311,7 +314,7 @@ def test_a_directory_that_was_moved_away_is_written_to_no_more(flags, tmp_path, 
     assert replaced or not run.exists()
 
 
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
+@pytest.mark.parametrize("code", ["ENOSYS", slow("ENOLCK"), slow("EOPNOTSUPP"), slow("EINVAL")])
 def test_a_file_system_without_locks_or_sync_of_directories_will_do(flags, whole, tmp_path, capfd, monkeypatch, code):
     """Lustre, NFS, CIFS, shared folders."""
     fsync = os.fsync
@@ -357,7 +360,8 @@ class FileSizeLimit:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-@pytest.mark.parametrize("limit, file", [(100, "latest.pth"), (10_000, "latest.pth"), (40_000, "latest.pth")])
+@pytest.mark.parametrize("limit, file", [
+    slow(100, "latest.pth"), slow(10_000, "latest.pth"), (40_000, "latest.pth")])
 def test_a_disk_that_is_full_from_the_start_is_told_and_resume_continues(flags, whole, tmp_path, capsys, limit, file):
     argv = [*flags, "--save", str(tmp_path / "run")]
     with FileSizeLimit(limit):
@@ -368,6 +372,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_and_resume_continues(flags, 
     assert train.main([*argv, "--resume"]) == 0 and differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle_of_a_row_is_told(images, tmp_path, capfd):
     argv = ["--data", images, "--depth", "10", "--growthRate", "4", "--batchSz", "1", "--nEpochs", "2", "--no-plot"]
     assert train.main([*argv, "--save", str(tmp_path / "whole")]) == 0
@@ -416,8 +421,8 @@ def test_a_full_file_system_keeps_the_last_checkpoint(flags, whole, tmp_path, ca
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("step, epoch, iteration", [(2, 1, 2), (8, 3, 2), (9, 3, 3)])
+@pytest.mark.parametrize("value", ["nan", slow("inf"), slow("-inf")])
+@pytest.mark.parametrize("step, epoch, iteration", [slow(2, 1, 2), (8, 3, 2), slow(9, 3, 3)])
 def test_a_loss_that_is_not_finite_stops_before_anything_is_replaced(
         flags, whole, tmp_path, capfd, monkeypatch, value, step, epoch, iteration):
     save, calls = tmp_path / "run", []

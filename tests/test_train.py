@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SAMPLE, SMALL, contents, differences, edit, one_line, rows
+from common import SAMPLE, SMALL, contents, differences, edit, one_line, rows, slow
 from PIL import Image
 
 import densenet
@@ -230,6 +230,7 @@ def set_up_for_fuzzing(somewhere, images, finished):
     return all_but_runs(somewhere, images)
 
 
+@pytest.mark.slow
 def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, finished, capfd, monkeypatch):
     """Never a traceback, never a file lost that is not the run's own; 0, 1 (diverged) or 2 and one line on stderr."""
     before = set_up_for_fuzzing(somewhere, images, finished)
@@ -247,6 +248,7 @@ def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, fi
     assert statuses.count(0) > 40 and 1 in statuses and statuses.count(2) > 100  # it reaches all three
 
 
+@pytest.mark.slow
 def test_ten_random_lines_through_the_shell(somewhere, images, finished):
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw = random.Random(1)
@@ -263,6 +265,7 @@ def test_ten_random_lines_through_the_shell(somewhere, images, finished):
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_script_as_a_user_runs_it(tmp_path):
     """On real images, through the shell, with figures; and then the files, one by one."""
     command = f"{sys.executable} {ROOT / 'train.py'} --data {SAMPLE} --depth 10 --growthRate 8 --nEpochs 2 --save r/s"
@@ -364,8 +367,8 @@ def test_printed_training_loss_is_the_mean_over_images(images, tmp_path, capsys)
     assert f"train loss {loss:.4f} error {error:.2f}%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-augment", "--dropRate", "0.2"], ["--no-bottleneck", "--opt", "adam"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    [], slow(["--no-augment", "--dropRate", "0.2"]), slow(["--no-bottleneck", "--opt", "adam"])], ids=" ".join)
 def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path, flags):
     flags = ["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
@@ -398,7 +401,7 @@ def test_training_images_alone_give_the_normalisation(finished, images):
     assert (checkpoint["mean"], checkpoint["std"]) == data.mean_and_std(data.load("cifar10", images)[0].images)
 
 
-@pytest.mark.parametrize("program", ["/bin/false", "/no/such/program"])
+@pytest.mark.parametrize("program", ["/bin/false", slow("/no/such/program")])
 def test_figures_that_fail_are_told_once_and_do_no_harm(images, finished, tmp_path, monkeypatch, capfd, program):
     monkeypatch.setattr(sys, "executable", program)
     flags = [flag for flag in SMALL if flag != "--no-plot"]
@@ -426,6 +429,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(images, tmp_path, monkeypatc
         train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")])
 
 
+@pytest.mark.slow
 def test_standard_output_that_is_full_or_closed_is_told_in_one_line(images, tmp_path):
     """What the shell gives a script: /dev/full, a pipe that nobody reads, closed."""
     command = [sys.executable, str(ROOT / "train.py"), "--data", images, *SMALL, "--nEpochs", "1", "--save"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from common import SAMPLE, SMALL, differences, refused, rows, stopped_at
+from common import SAMPLE, SMALL, differences, refused, rows, slow, stopped_at
 from PIL import Image
 
 import densenet
@@ -156,8 +156,8 @@ def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monke
 
 
 @pytest.mark.parametrize(("function", "call", "module"), [
-    ("train_epoch", 3, train), ("evaluate", 4, train), ("evaluate", 5, train),
-    ("copy_file", 1, run_directory), ("copy_file", 3, run_directory), ("copy_file", 4, run_directory)])
+    slow("train_epoch", 3, train), slow("evaluate", 4, train), ("evaluate", 5, train),
+    slow("copy_file", 1, run_directory), ("copy_file", 3, run_directory), slow("copy_file", 4, run_directory)])
 def test_a_stopped_run_with_validation_ends_the_same(flags, validated, tmp_path, function, call, module):
     save = tmp_path / "run"
     assert stopped_at(function, call, [*flags, "--save", str(save)], module=module) == 143
@@ -194,6 +194,7 @@ def test_more_epochs_after_the_end(validated, tmp_path):
     assert epochs == [5, 4]
 
 
+@pytest.mark.slow
 def test_the_last_figures_have_the_last_rows(flags, tmp_path):
     save = tmp_path / "run"
     assert train.main([*[flag for flag in flags if flag != "--no-plot"], "--save", str(save)]) == 0
@@ -204,6 +205,7 @@ def test_the_last_figures_have_the_last_rows(flags, tmp_path):
 
 # --- networks ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_imagenet_network_trains_on_a_folder(folder, tmp_path):
     save = tmp_path / "run"
     assert train.main(["--dataset", "folder", "--data", str(folder), "--arch", "densenet121", "--imageSize", "32",
@@ -242,6 +244,7 @@ def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, ca
     assert f"{file} is damaged" in refused(train.main, capfd, *argv, "--save", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path, monkeypatch):
     theirs = torchvision.models.densenet121()
     (hub / "checkpoints").mkdir(parents=True)
