@@ -64,9 +64,7 @@ class Training(NamedTuple):
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
                labels: torch.Tensor, share: float) -> torch.Tensor:
-    """A step of training. -> (2,): the batch's mean loss and its error in percent, on the device
-
-    Reading them waits for the device.
+    """-> (2,): the batch's mean loss and its error in percent, on the device: reading them waits for it
 
     ``share`` is the global batch size / world size. DDP averages gradients over the ranks, so a summed loss divided by
     this gives the mean over the global batch, even where one rank has an image more than another. The mean of loss and
@@ -323,9 +321,8 @@ def make_step(args: argparse.Namespace, net: torch.nn.Module, optimizer: torch.o
 def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: World) -> None:
     """The whole run, or what is left of it.
 
-    --resume: the checkpoint is read and its flags hold (``Run.open``, ``resumed_args``), the images are compared with
-    those of the run, network and optimizer are as it has them (``prepare``), the CSVs are cut back to it (``Run.begin``),
-    and ``fit`` goes on with the next epoch.
+    --resume: the checkpoint's flags hold (``Run.open``, ``resumed_args``), so do its images, weights and momentum
+    (``prepare``), the CSVs are cut back to it (``Run.begin``), and ``fit`` goes on with the next epoch.
     """
     saved = None
     if world.rank == 0:
