@@ -347,7 +347,8 @@ def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu")
             raise ValueError(f"it declares {layers} layers in {size} bytes, but has {len(model)} tensors in {stored}")
         with torch.device("meta"):  # whatever is declared takes no memory
             net = DenseNet(**arguments)
-        if [*map(type, checkpoint["classes"])] != [str] * net.arguments["nClasses"]:
+        names = checkpoint["classes"]
+        if len(names) != net.arguments["nClasses"] or any(type(name) is not str for name in names):
             raise ValueError(f"classes are not the names of {net.arguments['nClasses']} classes")
         net.load_state_dict(model, assign=True)
         for name in ("mean", "std"):
