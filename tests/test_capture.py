@@ -223,10 +223,10 @@ def test_a_failed_capture_ends_the_run_which_goes_on_without_a_graph(failing_cap
 
 
 @pytest.mark.parametrize(("error", "status", "told"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "does not hold a training step"),
-    (RuntimeError("CUDA error: out of memory"), 1, "does not hold a training step"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "out of memory"),
+    (RuntimeError("CUDA error: out of memory"), 1, "out of memory"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1,
-     "does not hold a training step"),
+     "out of memory"),
     (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM")])
 def test_memory_and_a_signal_are_not_taken_for_a_failed_capture(error, status, told, failing_capture, images, tmp_path,
                                                                 capsys):
