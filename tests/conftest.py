@@ -68,13 +68,15 @@ def run(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(flags, one_thread, tmp_path_factory):
-    """A run that SIGTERM stopped in the second step of epoch 3; not to be written to."""
-    save = tmp_path_factory.mktemp("runs") / "stopped"
-    assert stopped_at("train_step", 8, [*flags, "--save", str(save)]) == 143
-    return save
+    """A run that SIGTERM stopped in the second step of epoch 3, and a copy; the copy is not to be written to."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    assert stopped_at("train_step", 8, [*flags, "--save", str(run)]) == 143
+    return run, shutil.copytree(run, run.with_name("copy"))
 
 
 @pytest.fixture
-def half(stopped, tmp_path):
-    """A copy of it, to be damaged."""
-    return shutil.copytree(stopped, tmp_path / "run")
+def half(stopped):
+    """That run, to be damaged: as it was, at the place that its flags name."""
+    run, copy = stopped
+    shutil.rmtree(run, ignore_errors=True)
+    return shutil.copytree(copy, run)

@@ -269,6 +269,7 @@ def test_a_copy_and_a_pickled_state_dict_compute_the_same(small):
     assert all((a == b).all() for a, b in zip(small.buffers(), twin.buffers(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_compile_takes_the_network_as_one_graph(small, training):
     small.train(training)
@@ -282,6 +283,7 @@ def test_torch_compile_takes_the_network_as_one_graph(small, training):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_batch(small):
     x = torch.randn(2, 3, 32, 32)
     program = torch.export.export(small.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},))
@@ -289,6 +291,7 @@ def test_export_with_dynamic_batch(small):
     torch.testing.assert_close(program.module()(y), small(y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_to_onnx(small, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[test]' brings it")
     pytest.importorskip("onnxscript")

@@ -106,6 +106,7 @@ def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
     assert names(run) == ["test.csv", "train.csv", "val.csv"]
 
 
+@pytest.mark.slow
 def test_refuses_a_csv_larger_than_any_run_writes(tmp_path):
     run = write_run(tmp_path)
     os.truncate(run / "train.csv", 2**40)

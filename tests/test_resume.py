@@ -97,6 +97,7 @@ def test_signals_stop_the_imports_and_a_second_one_ends_the_process(flags, tmp_p
     assert ending.returncode == -signal.SIGTERM and err == b""
 
 
+@pytest.mark.slow
 def test_a_training_in_a_thread_gets_no_signals_but_trains(flags, whole, tmp_path):
     """As notebooks and services do: only the main thread may set signal handlers."""
     status = []
@@ -106,6 +107,7 @@ def test_a_training_in_a_thread_gets_no_signals_but_trains(flags, whole, tmp_pat
     assert status == [0] and differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_so(flags, tmp_path):
     """nohup, and a shell's background job."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,6 +160,7 @@ def test_csvs_are_cut_back_to_the_checkpoint(half, whole, flags):
     assert list(map(float, epochs)) == sorted(map(float, epochs))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_first_epoch_keeps_its_flags(images, tmp_path):
     argv = ["--data", images, *SMALL, "--nEpochs", "2", "--lr", "0.05", "--weightDecay", "0", "--seed", "0", "--save"]
     assert train.main([*argv, str(tmp_path / "whole")]) == 0
@@ -221,6 +224,7 @@ def test_data_device_and_directory_may_change(half, whole, images, tmp_path):
     assert json.loads((moved / "run.json").read_text())["flags"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_flags_of_the_run_hold_where_none_are_given(flags, tmp_path):
     assert stopped_at("train_step", 4, [*flags, "--device", "cpu", "--save", str(tmp_path / "run")]) == 143
     assert resume(tmp_path / "run", "--no-cuda") == 0
@@ -316,6 +320,7 @@ def test_a_saved_thread_count_that_cannot_be_is_not_believed(half, threads, capf
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_the_runs_own_device_flags_hold(flags, tmp_path):
     """They are read from the checkpoint before the device is set up."""
     argv = [*flags, "--deterministic", "--save", str(tmp_path / "run")]

@@ -330,6 +330,7 @@ def test_a_file_system_without_locks_or_sync_of_directories_will_do(flags, whole
     assert differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_damage_to_the_newest_checkpoint_leaves_the_best_one(flags, tmp_path, capfd):
     """Even if the newest epoch was the best: they are two files, not one under two names."""
     argv = [*flags, "--valSize", "20", "--lr", "0.001", "--save"]
@@ -360,14 +361,13 @@ class FileSizeLimit:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-@pytest.mark.parametrize("limit, file", [
-    slow(100, "latest.pth"), slow(10_000, "latest.pth"), (40_000, "latest.pth")])
-def test_a_disk_that_is_full_from_the_start_is_told_and_resume_continues(flags, whole, tmp_path, capsys, limit, file):
+@pytest.mark.parametrize("limit", [slow(100), slow(10_000), 40_000])
+def test_a_disk_that_is_full_from_the_start_is_told_and_resume_continues(flags, whole, tmp_path, capsys, limit):
     argv = [*flags, "--save", str(tmp_path / "run")]
     with FileSizeLimit(limit):
         status = train.main(argv)
     said = one_line(capsys.readouterr().err)
-    assert status == 1 and f"{tmp_path}/run/{file}: File too large; " in said and "--resume continues" in said
+    assert status == 1 and f"{tmp_path}/run/latest.pth: File too large; " in said and "--resume continues" in said
     assert not [name for name in contents(tmp_path / "run") if "tmp" in name]
     assert train.main([*argv, "--resume"]) == 0 and differences(whole, tmp_path / "run") == []
 
@@ -399,6 +399,7 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(half, whole, capf
     assert resume(half) == 0 and differences(whole, half) == []
 
 
+@pytest.mark.slow
 def test_a_full_file_system_keeps_the_last_checkpoint(flags, whole, tmp_path, capfd):
     """A real one: room for some checkpoints of 50 kB, and not for the next ones, which are written beside them."""
     disk = tmp_path / "disk"

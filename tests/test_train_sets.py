@@ -165,6 +165,7 @@ def test_a_stopped_run_with_validation_ends_the_same(flags, validated, tmp_path,
     assert differences(validated, save) == []
 
 
+@pytest.mark.slow
 def test_best_is_made_again_if_the_run_was_stopped_before_it(flags, validated, tmp_path):
     save = tmp_path / "run"
     assert stopped_at("copy_file", 2, [*flags, "--save", str(save)], module=run_directory) == 143  # after previous.pth
@@ -235,7 +236,8 @@ def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut", None])
+@pytest.mark.parametrize("content", [
+    slow(b""), b"garbage", slow(b"PK\x03\x04 cut"), slow(None)])
 def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, capfd, content):
     file = hub / "checkpoints/densenet121-a639ec97.pth"
     file.parent.mkdir(parents=True)
@@ -311,6 +313,7 @@ def test_images_too_small_for_the_network_are_refused(folder, tmp_path, capsys, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_are_elsewhere_is_not_downloaded_anew(sample, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(Path(sample).parent)
     assert train.main(["--data", Path(sample).name, *NOT_OF_A_RUN, "--save", str(tmp_path / "run")]) == 0
