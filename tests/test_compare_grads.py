@@ -367,8 +367,9 @@ def test_data_that_do_not_fit_are_refused(trained, tmp_path, capsys, sample, mon
     checkpoint = torch.load(trained, weights_only=True)
     for net in (DenseNet(4, 10, nClasses=3), DenseNet(4, 10, inChannels=1),
                 DenseNet(4, blockConfig=[1], smallInputs=False)):
-        other = {"arguments": net.arguments, "model": net.state_dict(), "classes": checkpoint["classes"]}
-        other["classes"] = other["classes"][:net.arguments["nClasses"]]
+        other = {name: checkpoint[name][:net.arguments["inChannels"]] for name in ("mean", "std")}
+        other |= {"arguments": net.arguments, "model": net.state_dict(),
+                  "classes": checkpoint["classes"][:net.arguments["nClasses"]]}
         torch.save(checkpoint | other, tmp_path / "other.pth")
         assert "not for the images of" in refused(capsys, "--checkpoint", tmp_path / "other.pth", "--data", sample)
 

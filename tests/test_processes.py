@@ -94,6 +94,7 @@ def check_gradients(world: World, sync: bool) -> None:
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_collectives_and_batch_norm_over_two_ranks():
     out = finished(torchrun(__file__))
     assert out.count("all right") == 2, out
