@@ -15,6 +15,7 @@ def test_these_are_all_scripts():
     assert {path.name for path in ROOT.glob("*.py")} == {*SCRIPTS, "densenet.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_from_another_directory_and_with_a_foreign_backend(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path, MPLBACKEND="module://nowhere")
