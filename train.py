@@ -375,8 +375,8 @@ def summary(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Prints the loss and error of --evaluate. --dataset, --data, --classes,
-    --imageSize, --precision, --device, --no-cuda and --deterministic default to the checkpoint's."""
+    """Prints the loss and error of --evaluate. --dataset, --data, --classes, --imageSize, --precision, --device,
+    --no-cuda and --deterministic default to the checkpoint's."""
     if world.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
     checkpoint = densenet.read_checkpoint(args.evaluate)
@@ -394,8 +394,9 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
         raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
     device = set_up_device(args, World())
     test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, download="data" in explicit)
-    test = data.with_channels(data.select_classes(test, args.classes) if args.classes else test,
-                              net.arguments["inChannels"])
+    if args.classes:
+        test = data.select_classes(test, args.classes)
+    test = data.with_channels(test, net.arguments["inChannels"])
     if test.classes != [*map(normal_form, net.classes)]:
         raise ValueError(f"--data {args.data} has the classes {shorten(test.classes)}, the checkpoint "
                          f"{shorten(net.classes)}")

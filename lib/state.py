@@ -14,8 +14,8 @@ from lib.memory import choose_path
 from lib.network import make_net
 from lib.sets import Sets, set_sizes
 
-SAVED = ("scheduleEpochs", "environment", "path", "pathReason", "mean", "std", "epoch", "val", "test", "best",
-         "csvLengths", "csvDigests")  # what a resumed run keeps of its checkpoint
+KEPT_ON_RESUME = ("scheduleEpochs", "environment", "path", "pathReason", "mean", "std", "epoch", "val", "test", "best",
+                  "csvLengths", "csvDigests")  # what a resumed run takes from its checkpoint
 
 
 def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, world: World) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def resumed_state(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
 
     If a finished run with validation is prolonged, the test at its old end is forgotten: it is tested at its new end.
     """
-    state = state | {name: saved[name] for name in SAVED if name in saved}
+    state = state | {name: saved[name] for name in KEPT_ON_RESUME if name in saved}
     if state["valImages"] and state["test"] and state["epoch"] < state["flags"]["nEpochs"]:
         state |= {"test": None, "csvLengths": state["csvLengths"] | {"test.csv": 0}}
     return state
