@@ -78,6 +78,7 @@ def step_on_fake_gpu(monkeypatch, arguments, opt, dtype=torch.float32):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("arguments", "opt"), [
     (dict(efficient=True), "SGD"), (dict(efficient="max"), "Adam"), (dict(efficient=True, dropRate=0.2), "RMSprop"),

@@ -95,6 +95,7 @@ def test_load_takes_an_open_file_and_leaves_it_open(small, tmp_path):
         densenet.load(io.BytesIO(b"no zip"))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_zip_s_directory_is_damage(tmp_path):
     """Not an exception of zipfile's, zlib's or the file system's, nor a foreign file: a run then takes the epoch
     before."""

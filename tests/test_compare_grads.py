@@ -78,6 +78,7 @@ def test_networks_without_bottleneck_agree(args, capsys):
     assert status == 0 and lines[-1].startswith("all ")
 
 
+@pytest.mark.slow
 def test_networks_of_other_blocks_agree(trained, tmp_path, capsys, sample):
     """Four blocks of 1, 2, 1 and 2 layers, from a checkpoint, since no flag asks for them."""
     torch.manual_seed(0)
@@ -194,6 +195,7 @@ def test_the_faults_offered_are_those_tested():
     assert FAULTS.keys() == TEXTBOOK.keys() == EFFICIENT.keys()
 
 
+@pytest.mark.slow
 def test_a_fault_does_not_outlast_its_run(capsys):
     before = densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics
     for fault in FAULTS:
@@ -256,6 +258,7 @@ def test_it_fails_if_the_textbook_path_runs_for_the_efficient_one(capsys, monkey
 
 # --- files ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_csv_and_figure_replace_older_files_and_hold_every_tensor(tmp_path, capsys):
     table, figure = tmp_path / "rows.csv", tmp_path / "depth.png"
     for path in (table, figure):
@@ -291,6 +294,7 @@ def test_control_characters_of_the_environment_do_not_reach_the_terminal(capsys,
         0, [r"skipped compile: there is no C++ compiler /no/\x1b[31mcompiler"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [[], PLAIN], ids=["torchvision", "plain"])
 def test_trained_weights_and_real_images(args, trained, capsys, sample):
     given = ["--checkpoint", str(trained), "--data", sample, "--batchSz", "6"]

@@ -329,6 +329,7 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["conv1", "dense1", "dense3", "trans1", "bn1", "fc", "dense2.0", "trans2.conv1"])
 @pytest.mark.parametrize("wrap", [Wrapper, compiled, nn.DataParallel, nn.Sequential])

@@ -97,6 +97,7 @@ def test_exact_in_float64(seed, monkeypatch):
         assert error <= 1e-10 * max(value.double().norm().item(), 1e-4 * scale), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("autocast", "allowed"), [(None, 2.0), (torch.bfloat16, 1.2)])
 @pytest.mark.parametrize("efficient", [True, "max"])
 def test_float32_and_bfloat16_are_no_worse_than_the_textbook(efficient, autocast, allowed):

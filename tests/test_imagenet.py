@@ -39,6 +39,7 @@ def test_each_network_has_torchvisions_number_of_parameters(name):
     assert sum(p.numel() for p in net.parameters()) == NETWORKS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densenet121", *map(slow, ("densenet161", "densenet169", "densenet201"))])
 def test_outputs_equal_torchvision_in_float32(name):
     torch.manual_seed(0)

@@ -108,6 +108,7 @@ def test_the_efficient_block_is_one_operation(tmp_path, no_dot):
     assert_leads_to("output", nodes, edges)
 
 
+@pytest.mark.slow
 def test_a_deep_network_needs_no_recursion(tmp_path, no_dot):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 100)
@@ -152,6 +153,7 @@ def test_modules_shows_each_layer_with_its_channels(tmp_path, no_dot, flags, net
 
 # --- the picture of a block -------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_block_writes_a_picture_in_colour(tmp_path, no_dot):
     assert make_graph.main(["--graph", "block", "--growthRate", "4", "--out", str(tmp_path)]) == 0
     assert sorted(os.listdir(tmp_path)) == ["graph-block.png", "graph-block.svg"]
@@ -168,6 +170,7 @@ def test_block_writes_a_picture_in_colour(tmp_path, no_dot):
     assert (tmp_path / "graph-block.svg").read_bytes() == svg, "differs from run to run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, k", [(3, 12), (5, 4), (8, 4096)])
 def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
     flags = ["--graph", "block", "--layers", str(layers), "--growthRate", str(k)]
@@ -189,6 +192,7 @@ def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
 
 # --- Graphviz ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_without_dot_the_script_writes_dot_and_says_so(tmp_path):
     done = run_script("make_graph.py", "--depth", "10", "--out", tmp_path, PATH="", MPLBACKEND="module://nowhere")
     assert done.returncode == 0
@@ -253,6 +257,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_script_exits_with_2():
     done = run_script("make_graph.py", "--depth", "12")
     assert done.returncode == 2 and done.stdout == ""

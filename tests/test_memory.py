@@ -165,6 +165,7 @@ def taken(monkeypatch, argv):
     return set(paths)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_path_also_where_another_would_be_taken(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "total_memory", lambda device: 16 * GB)
     argv += ["--precision", "bf16"]
@@ -178,6 +179,7 @@ def test_a_resumed_run_keeps_its_path_also_where_another_would_be_taken(argv, tm
     assert taken(monkeypatch, [*argv, "--nEpochs", "1", "--overwrite"]) == {"efficient"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("efficient", "path"), [("no", "textbook"), ("max", "max"), (None, "efficient")])
 def test_a_checkpoint_of_an_older_version_keeps_its_own_path(efficient, path, argv, tmp_path, monkeypatch):
     """Without "path". Version 1.0's --efficient was yes, no or max; without it the block trained."""

@@ -135,6 +135,7 @@ def test_no_relu_reads_a_value_near_zero_once_the_kinks_are_settled(efficient):
         assert moved < 0.1 if re.search(r"bn\d\.bias", name) else moved == 0
 
 
+@pytest.mark.slow
 def test_it_fails_if_another_path_runs(capsys, monkeypatch):
     """A check of the efficient block that ran the textbook's layers would say nothing."""
     monkeypatch.setattr(densenet, "can_be_efficient", lambda *_: False)

@@ -47,6 +47,7 @@ def assert_drawn(path, width, height=600):
 
 # --- the real script --------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_script_draws_a_run_into_its_directory(tmp_path):
     run = write_run(tmp_path / "run")
     result = run_script(run, cwd=tmp_path)
@@ -64,6 +65,7 @@ def test_script_is_executable_and_starts_with_its_own_interpreter_line():
     assert SCRIPT.read_text().startswith("#!/usr/bin/env python3\n")
 
 
+@pytest.mark.slow
 def test_script_refuses_in_one_line_without_traceback(tmp_path):
     result = run_script(tmp_path / "none")
     assert (result.returncode, result.stdout) == (2, "")
@@ -86,6 +88,7 @@ def test_the_script_draws_the_234600_rows_of_300_epochs(tmp_path):
     assert_drawn(tmp_path / "error.png", 900)
 
 
+@pytest.mark.slow
 def test_imports_neither_torch_nor_pyplot():
     code = "import sys, plot; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=60).returncode == 0
@@ -104,6 +107,7 @@ def test_no_value_of_mplbackend_matters(tmp_path, backend):
     assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [BACKENDS[0], *map(common.slow, BACKENDS[1:])])
 def test_import_leaves_the_environment_as_it_was(backend):
     code = ("import os, subprocess, sys; before = dict(os.environ); import plot; "
@@ -130,6 +134,7 @@ def test_figures_get_the_permissions_of_the_umask(tmp_path):
     assert [stat.S_IMODE((run / name).stat().st_mode) for name in FIGURES] == [0o640] * 3
 
 
+@pytest.mark.slow
 def test_failed_write_keeps_the_old_figure_and_leaves_nothing_behind(tmp_path):
     run = write_run(tmp_path)
     (run / "loss.png").write_bytes(b"old")
@@ -249,6 +254,7 @@ def test_ticks_are_round_numbers_inside_the_axis(bottom, top, expected):
     assert plot.ticks_between(bottom, top) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rows", [
     ["0,1,2", "5e-324,1,3"],  # 1 / step overflows
@@ -273,6 +279,7 @@ def test_what_is_not_printable_is_escaped_in_the_legend(tmp_path):
 
 # --- several runs -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_comparison_goes_into_the_current_directory(tmp_path, monkeypatch, capsys):
     runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
     (tmp_path / "here").mkdir()
@@ -313,6 +320,7 @@ def test_labels_tell_the_runs_apart_and_are_short():
     assert len(plot.labels_for([Path("x" * 200)], ["y" * 200])[0]) <= 32
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_utf8_can_be_drawn(tmp_path):
     run = str(write_run(tmp_path / os.fsdecode(b"caf\xe9")))
     assert plot.main([run]) == 0
@@ -326,6 +334,7 @@ def test_labels_with_dollars_and_underscores_are_plain_text(tmp_path):
 
 # --- the files it writes and names ------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsys):
     run = write_run(tmp_path / f"run{ESCAPES}")
     assert plot.main([str(run)]) == 0
@@ -336,6 +345,7 @@ def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsy
     assert capsys.readouterr().out.startswith(rf"{tmp_path}/two\nlines/loss.png" + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "shown"), [
     ("ascii", r"caf\xe9"), common.slow("utf-8", "caf\xe9")])
 def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, shown):

@@ -90,6 +90,7 @@ def limited(*args):
                           capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [
     ("device", "train.csv"), slow("device", "test.csv"), slow("pipe", "val.csv")])
 def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
@@ -115,6 +116,7 @@ def test_refuses_a_csv_larger_than_any_run_writes(tmp_path):
     assert f"{run / 'train.csv'}: 1,099,511,627,776 bytes are too large" in result.stderr
 
 
+@pytest.mark.slow
 def test_reads_through_a_symbolic_link(tmp_path):
     run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
     (run / "train.csv").unlink()

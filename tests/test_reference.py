@@ -40,6 +40,7 @@ def test_pieces_on_two_machines_make_the_uninterrupted_run(sample, tmp_path):
     assert differences(tmp_path / "whole", here) == []
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_not_to_be_continued(tmp_path):
     assert piece(60, tmp_path / "run", "--depth", "11").returncode == 2
     for seconds in ("0", "soon"):

@@ -118,6 +118,7 @@ def test_untrained_are_the_first_weights_of_the_run(checkpoint):
 
 # --- the drawing ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_figure_is_written_whole_as_svg_and_png(tmp_path, checkpoint, capsys):
     flags = ["--graph", "reuse", "--checkpoint", checkpoint, "--out", str(tmp_path)]
     assert make_graph.main(flags) == 0
@@ -141,6 +142,7 @@ def test_the_same_files_each_time_and_others_for_the_control(tmp_path, checkpoin
     assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[1, 1], [2, 6, 4], [9, 16], [6, 12, 48, 32]])
 def test_each_block_has_a_panel_with_axes_and_labels(layers):
     maps = reuse.reuse_maps(DenseNet(2, blockConfig=layers))

@@ -181,6 +181,7 @@ def test_overwrite_replaces_a_run(half, images, whole, flags, tmp_path):
     assert torch.load(half / "previous.pth", weights_only=True)["epoch"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [slow([]), ["--resume"], slow(["--overwrite"])])
 def test_other_files_do_not_matter_and_stay(tmp_path, flags, whole, mode):
     """A file manager's, a scheduler's, `tee log.txt`."""
@@ -236,6 +237,7 @@ def test_empty_directory_and_remains_of_a_start_are_no_obstacle(tmp_path, flags,
     assert differences(whole, tmp_path) == [] and ".run.json.12ab.tmp" not in contents(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner, function, call", [
     (Path, "unlink", 1), (os, "replace", 1), *(slow(Path, "unlink", call) for call in range(2, 7)),
     *(slow(os, "replace", call) for call in (2, 3))])
@@ -259,6 +261,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run(half, whole, flags, owner, fun
     assert differences(whole, half) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--resume", "--overwrite"])
 def test_a_directory_in_use_is_refused_to_a_second_process(half, flags, capfd, mode):
     with open(half / ".lock", "w") as other:

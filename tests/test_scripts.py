@@ -32,6 +32,7 @@ def test_training_from_another_directory_draws_its_figures(tmp_path, images):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_plots_of_a_relative_path(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("train.csv", "test.csv"):
@@ -41,6 +42,7 @@ def test_plots_of_a_relative_path(tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_graph_is_written_into_the_working_directory(tmp_path):
     done = run_script("make_graph.py", "--graph", "block", "--growthRate", 4, cwd=tmp_path, MPLBACKEND="nonsense")
     assert (done.returncode, done.stderr) == (0, "")

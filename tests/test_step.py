@@ -59,6 +59,7 @@ def assert_same(a, b, **tolerance):
                                    msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt", ["SGD", "Adam", "RMSprop"])
 @pytest.mark.parametrize(("precision", "efficient"), [("fp32", True), ("fp32", "max"), ("fp32", False), ("bf16", True)])
 def test_graphed_step_does_what_the_eager_one_does(opt, precision, efficient, monkeypatch):

@@ -52,6 +52,7 @@ def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_table_json_and_plot(measure, tmp_path, capsys):
     file, figure = tmp_path / "step.jsonl", tmp_path / "step.png"
     assert measure("--precision", "fp32", "bf16", "--json", str(file), "--plot", str(figure)) == 0
@@ -70,6 +71,7 @@ def test_table_json_and_plot(measure, tmp_path, capsys):
                                    "ours max": "max"}.get(row["implementation"])
 
 
+@pytest.mark.slow
 def test_a_repeated_command_measures_only_the_rows_that_the_file_lacks(measure, monkeypatch, tmp_path, capsys):
     file = tmp_path / "step.jsonl"
     flags = ["--only", "ours plain", "ours max", "--json", str(file)]
@@ -109,6 +111,7 @@ def test_operations_are_the_outermost_that_compute():
     assert step.count_kernels(lambda: x.to(torch.bfloat16).add_(1), device)["operations"] == 2
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_told_and_the_others_go_on(measure, monkeypatch, tmp_path, capsys):
     whole = step.measure
 

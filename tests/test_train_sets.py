@@ -155,6 +155,7 @@ def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monke
     assert tested[0][2] == pytest.approx(wrong.item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "call", "module"), [
     slow("train_epoch", 3, train), slow("evaluate", 4, train), ("evaluate", 5, train),
     slow("copy_file", 1, run_directory), ("copy_file", 3, run_directory), slow("copy_file", 4, run_directory)])
@@ -229,6 +230,7 @@ def hub(tmp_path, monkeypatch):
     torch.hub.set_dir(before)
 
 
+@pytest.mark.slow
 def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
     err = refused(train.main, capfd, *argv, "--save", tmp_path / "run")
@@ -236,6 +238,7 @@ def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [
     slow(b""), b"garbage", slow(b"PK\x03\x04 cut"), slow(None)])
 def test_a_damaged_file_of_pretrained_weights_is_named(folder, hub, tmp_path, capfd, content):
