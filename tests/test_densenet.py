@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from common import relative
+from common import relative, slow
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from densenet import DenseNet
@@ -87,7 +87,7 @@ def torchvision_network(growthRate: int, layers: int, **arguments) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("efficient", [False, True, "max"])
+@pytest.mark.parametrize("efficient", [slow(False), True, slow("max")])
 def test_equals_torchvision_in_outputs_gradients_and_running_statistics(efficient):
     torch.manual_seed(0)
     ours = DenseNet(growthRate=12, depth=100, efficient=efficient).double()
@@ -352,6 +352,7 @@ def test_a_wrapped_part_computes_what_it_did(wrap, name, training, small):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_compiled_in_place_runs_compiled(small):
     expected, x = copy.deepcopy(small), torch.randn(2, 3, 16, 16)
     graphs = []

@@ -350,6 +350,7 @@ def test_one_value_a_channel_is_refused_like_the_textbook():
         net(torch.randn(1, 3, 4, 4))  # 1x1 in the last block
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_calls_can_alternate():
     net = DenseNet(growthRate=4, depth=10)
     compiled = torch.compile(net, backend="eager")

@@ -104,6 +104,7 @@ def test_more_epochs_with_other_images_are_refused(elsewhere, capfd):
     assert f"--data {SAMPLE} holds other images" in said
 
 
+@pytest.mark.slow
 def test_how_many_of_the_samples_images_are_wrong(sample, capsys):
     assert train.main(["--evaluate", str(SGD / "latest.pth"), "--data", sample, "--precision", "fp32"]) == 0
     percent, n = re.search(r"error (\S+)% of (\d+) images", capsys.readouterr().out).groups()

@@ -171,6 +171,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_its_flags(images, tmp_path):
     assert resume(older) == 0 and differences(tmp_path / "whole", older) == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(images, tmp_path, flags, whole):
     (tmp_path / "train.csv").write_bytes(b"epoch,lo")
     assert train.main([*flags, "--save", str(tmp_path), "--resume"]) == 0
@@ -232,6 +233,7 @@ def test_flags_of_the_run_hold_where_none_are_given(flags, tmp_path):
     assert (about["device"], about["no_cuda"]) == (None, True)  # one replaces the other
 
 
+@pytest.mark.slow
 def test_more_epochs_keep_the_drops_and_go_on_at_the_last_rate(run, whole, capfd):
     before = (whole / "train.csv").read_bytes()
     assert stopped_at("train_step", 4, ["--resume", "--save", str(run), "--nEpochs", "7", "--no-plot"]) == 143
@@ -336,6 +338,7 @@ def test_the_runs_own_device_flags_hold(flags, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_dropout_of_an_older_run_continues_with_one_warning(flags, tmp_path, capfd):
     assert stopped_at("train_step", 4, [*flags, "--dropRate", "0.2", "--save", str(tmp_path / "run")]) == 143
     edit(tmp_path / "run/latest.pth", version=None)

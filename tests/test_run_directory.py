@@ -108,6 +108,7 @@ def test_the_ancestors_run_is_refused_and_runs_no_code(tmp_path, capfd):
     assert "latest.pth" in run_refused(capfd, run, "--resume") and not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_is_refused(half, images, tmp_path, capfd):
     argv = ["--data", images, *SMALL, "--nEpochs", "4", "--growthRate", "5", "--save", str(tmp_path / "other")]
     assert train.main(argv) == 0

@@ -74,6 +74,7 @@ def test_graphed_step_does_what_the_eager_one_does(opt, precision, efficient, mo
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
 
 
+@pytest.mark.slow
 def test_resumed_graph_has_the_momentum_of_the_checkpoint():
     net, optimizer = set_up("SGD")
     run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)

@@ -401,6 +401,7 @@ def test_training_images_alone_give_the_normalisation(finished, images):
     assert (checkpoint["mean"], checkpoint["std"]) == data.mean_and_std(data.load("cifar10", images)[0].images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["/bin/false", slow("/no/such/program")])
 def test_figures_that_fail_are_told_once_and_do_no_harm(images, finished, tmp_path, monkeypatch, capfd, program):
     monkeypatch.setattr(sys, "executable", program)

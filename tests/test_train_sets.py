@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
 
 # --- data sets --------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
     save = tmp_path / "run"
     argv = ["--dataset", "folder", "--data", str(folder), "--imageSize", "24", *NOT_OF_A_RUN]
@@ -52,6 +53,7 @@ def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
     assert f"{rows(save / 'test.csv')[0][2]:.2f}% of 60 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_grayscale_folder_makes_a_network_of_one_channel(folder, tmp_path):
     gray = tmp_path / "gray"
     for path in folder.rglob("*.*"):
@@ -105,6 +107,7 @@ def test_svhn_is_never_augmented_and_takes_40_epochs(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/run.json").read_text())["trainImages"] == 100
 
 
+@pytest.mark.slow
 def test_a_choice_of_classes_is_the_whole_task(sample, tmp_path, capsys):
     argv = ["--data", sample, *SMALL, "--nEpochs", "2", "--save", str(tmp_path / "run")]
     assert train.main([*argv, "--classes", "dog", "cat"]) == 0
