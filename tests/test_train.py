@@ -249,10 +249,10 @@ def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, fi
 
 
 @pytest.mark.slow
-def test_ten_random_lines_through_the_shell(somewhere, images, finished):
+def test_four_random_lines_through_the_shell(somewhere, images, finished):
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw = random.Random(1)
-    lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:10]
+    lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:4]
     for two in zip(lines[::2], lines[1::2], strict=True):
         running = [subprocess.Popen([sys.executable, ROOT / "train.py", *line], stdout=subprocess.PIPE,
                                     stderr=subprocess.PIPE, env=ONE_THREAD) for line in two]
