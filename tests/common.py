@@ -98,7 +98,7 @@ def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        if function == "train_step":  # a graph that replays it does not call it: count what the epoch calls
+        if function == "train_step":  # a graph's replay does not call it, so count the calls in train_epoch
             make_step = train.make_step
             patch.setattr(train, "make_step", lambda *args: counted(make_step(*args)))
         else:
