@@ -1,4 +1,4 @@
-"""The device that trains, its settings, and what else the last bits of a run depend on."""
+"""The training device, its settings, and the environment on which the rounding of a run's results depends."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from lib.distributed import World
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     """Raises ValueError for a device that does not exist here, or that several ranks cannot share."""
-    gpus = torch.cuda.device_count()  # without touching any
+    gpus = torch.cuda.device_count()  # does not start CUDA
     if world.size > 1 and args.device in (None, "cuda") and gpus and not args.no_cuda:
         if gpus < world.local_size:
             raise ValueError(f"--nproc-per-node {world.local_size} is more than the {gpus} GPUs here; use at most "
@@ -38,7 +38,11 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
 
 
 def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
-    """-> the device, after --deterministic and --precision have been set. ValueError as choose_device."""
+    """Applies --deterministic and --precision. -> the device
+
+    Raises:
+        ValueError: as choose_device, or for tf32 without a GPU.
+    """
     device = choose_device(args, world)
     if args.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision tf32 needs a GPU; valid on {device} are fp32, bf16")
@@ -50,7 +54,7 @@ def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
     tf32 = args.precision == "tf32"  # cuDNN's own default is True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or libraries would open a context on GPU 0
+        torch.cuda.set_device(device)  # otherwise libraries open a context on GPU 0
     else:
         keep_freed_memory()
     return device
@@ -58,32 +62,32 @@ def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
 
 def keep_freed_memory() -> None:
     """Makes glibc keep the memory that a step frees, for the next step. The process takes up to a fifth more memory.
-    Otherwise the kernel clears each page before it is used again: a tenth of the time of BC 100-12 on a CPU."""
+    Otherwise the kernel clears each page before its next use: a tenth of the time of BC 100-12 on a CPU."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the largest value that glibc itself adjusts to
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: glibc's own upper limit for it
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def environment(device: torch.device, precision: str, world: World) -> dict[str, Any]:
-    """What a run's last bits depend on, besides its flags."""
-    cuda = device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
+    """-> what the rounding of a run's results depends on, besides its flags"""
+    on_gpu = device.type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} {platform.machine()}",
             "threads": torch.get_num_threads(), "cpuCapability": torch.backends.cpu.get_cpu_capability(),
             "precision": precision, "processes": world.size, "python": platform.python_version(),
             "torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "numpy": np.__version__,
-            "cudnn": torch.backends.cudnn.version() if cuda else None}
+            "cudnn": torch.backends.cudnn.version() if on_gpu else None}
 
 
 def restore_threads(saved: dict[str, Any], world: World) -> None:
-    """Sets the saved run's number of threads, at most the processors that there are: results depend on it."""
+    """Sets the saved run's number of threads, at most one per processor: the rounding of results depends on it."""
     threads = saved.get("threads")
     if type(threads) is int and threads > 0 and saved.get("processes") == world.size:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
 def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints a line for each difference between a run's environment and the present one."""
+    """Prints a warning for each difference between the saved run's environment and the present one."""
     for name, value in now.items():
         before = saved.get(name)
         if value == before:
@@ -97,6 +101,6 @@ def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argpar
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whoever found it: an allocator of torch or, on a GPU, CUDA itself, cuBLAS or cuDNN."""
-    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
+    """Whether memory ran out, in an allocator of torch or, on a GPU, in CUDA itself, cuBLAS or cuDNN."""
+    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)

@@ -1,4 +1,4 @@
-"""Which errors a user can cause or mend, and the one line that tells of them."""
+"""Reports the errors that a user can cause or fix, in one line on stderr."""
 
 import shlex
 
@@ -12,15 +12,14 @@ from lib.run_directory import Run
 
 
 def report(error: Exception, run: Run | None, world: World) -> int:
-    """Prints in one line what a user can cause or mend. -> the exit status; any other error is raised again
+    """Prints an error that a user can cause or fix, and raises any other again. -> the exit status
 
-    Other ranks print nothing for errors that rank 0 also reports: a wrong command line, a rank that has ended.
+    Ranks above 0 are silent where rank 0 has the same error: before the process group starts, and if a rank has ended.
     """
-    begun = run is not None and run.begun
     hint = how_to_continue(run, world)
     if is_out_of_memory(error):
         reason = "out of memory; a new run with a smaller --batchSz, or with --efficient max, needs less"
-    elif isinstance(error, (FloatingPointError, CaptureFailed)):  # it would happen again
+    elif isinstance(error, (FloatingPointError, CaptureFailed)):  # no hint: --resume would fail again
         reason = str(error)
     elif isinstance(error, ValueError):
         reason = f"{error}{hint}"
@@ -36,12 +35,14 @@ def report(error: Exception, run: Run | None, world: World) -> int:
         tell(f"error: {reason}")
     elif reason and torch.distributed.is_initialized():
         tell(f"error: rank {world.rank}: {reason}")
-    return 1 if begun or world.rank > 0 else 2
+    return 1 if world.rank > 0 or (run is not None and run.begun) else 2
 
 
 def how_to_continue(run: Run | None, world: World) -> str:
+    """-> the end of a message: the command that continues the run, or "" if there is nothing to continue"""
     if run is None or not run.begun:
         return ""
-    command = f"./train.py --save {shlex.quote(str(run.path))} --resume" if world.size == 1 else (
-        "the same command with --resume")
+    command = "the same command with --resume"
+    if world.size == 1:
+        command = f"./train.py --save {shlex.quote(str(run.path))} --resume"
     return f"; {command} continues from the last epoch saved"

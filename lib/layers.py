@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 
 PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> DenseBlock.last_path
-SHIFT = 0.05  # settle_kinks moves an output of batch norm by at most so many standard deviations
+SHIFT = 0.05  # in standard deviations: the most that settle_kinks moves an output of batch norm
 
 
 def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
@@ -45,7 +45,7 @@ def operations(output: torch.Tensor) -> list[Node]:
     """-> each node of the backward graph once, breadth first from that of ``output``"""
     found = [output.grad_fn]
     seen = set(found)
-    for operation in found:  # the list grows meanwhile; a recursion would reach Python's limit at about depth 250
+    for operation in found:  # the list grows in the loop; a recursion would reach Python's limit at about depth 250
         for source, _ in operation.next_functions:
             if source is not None and source not in seen:
                 seen.add(source)
@@ -55,19 +55,19 @@ def operations(output: torch.Tensor) -> list[Node]:
 
 @torch.no_grad()
 def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
-    """Changes the biases of batch norm a little, so that no ReLU gets an input near zero, where it has no derivative.
+    """Changes the biases of batch norm a little, in place, so that no ReLU has an input near zero.
 
-    If the step of a numerical derivative, or the rounding of float32, moves an input of ReLU across zero, the gradient
-    jumps. Two correct results then differ by about 1e-2, which would hide real errors. Therefore the bias of each
-    channel is chosen so that zero lies in the middle of the widest gap between the channel's values. No value moves by
-    more than SHIFT standard deviations.
+    ReLU has no derivative at zero. If the step of a numerical derivative, or the rounding of float32, moves an input
+    across zero, the gradient jumps: two correct results then differ by about 1e-2, which would hide real errors.
+    Therefore each bias is chosen so that zero lies in the middle of the widest gap between its channel's values. No
+    value moves by more than SHIFT standard deviations.
 
     Args:
-        module: in training mode; batch norm after batch norm is changed in one forward pass.
-        x: its input, (N, C, H, W).
+        module: in training mode. One forward pass changes its batch norms one after the other.
+        x: the module's input, (N, C, H, W).
 
     Returns:
-        The smallest distance from zero of any input of a ReLU.
+        The smallest absolute value of all inputs of a ReLU.
     """
     distances = []
 
@@ -75,11 +75,11 @@ def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
         values = out.transpose(0, 1).flatten(1)  # (C, N * H * W)
         window = SHIFT * values.std(1, keepdim=True)
         values = torch.cat((-window, values.clamp(-window, window), window), 1).sort(1).values
-        gap, at = values.diff(dim=1).max(1, keepdim=True)
-        middle = values.gather(1, at) + gap / 2
+        gap, index = values.diff(dim=1).max(1, keepdim=True)
+        middle = values.gather(1, index) + gap / 2
         norm.bias -= middle.squeeze(1)
         distances.append(gap.min().item() / 2)
-        return out - middle[:, :, None]  # later layers see what they will see with the new bias
+        return out - middle[:, :, None]  # the output with the new bias, for the layers that follow
 
     hooks = [m.register_forward_hook(shift) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     try:
