@@ -33,69 +33,69 @@ from lib.batches import Batches, batch_sizes, draw, dropout_seed
 from lib.cli import printable, tell, warn
 from lib.cuda_graph import GraphedStep
 from lib.device import environment, is_out_of_memory, restore_threads, set_up_device, warn_of_differences
-from lib.distributed import World, broadcast, share_buffers, sum_over_ranks
+from lib.distributed import World, broadcast, broadcast_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
 from lib.image_set import normal_form, shorten
 from lib.layers import PATHS
-from lib.memory import count
+from lib.memory import count_parameters
 from lib.network import check_images, check_network, make_net, pretrained_weights
 from lib.plot_process import Plotter
 from lib.run_directory import Run, RunError, is_finished
 from lib.sets import Sets, load_on_every_rank
-from lib.signals import Stopped, stopping
+from lib.signals import Stopped, raise_on_signals
 from lib.state import initial_state, resumed_state
 
 
 class Training(NamedTuple):
-    """All that the loop needs."""
+    """What ``fit`` works with."""
 
     args: argparse.Namespace
     train: Batches
     val: Batches | None
     test: Batches
     net: densenet.DenseNet
-    step: Callable[..., torch.Tensor]  # images, labels, share -> loss and error, as train_step
+    step: Callable[..., torch.Tensor]  # images, labels, images per rank -> loss and error
     optimizer: torch.optim.Optimizer
-    state: dict[str, Any]  # the checkpoint but for weights, optimizer and CSVs
+    state: dict[str, Any]  # what a checkpoint holds besides weights, optimizer and CSVs
 
 
 # --- the training loop ------------------------------------------------------------------------------------------
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
-               labels: torch.Tensor, share: float) -> torch.Tensor:
-    """-> (2,): the batch's mean loss and its error in percent, on the device: reading them waits for it
+               labels: torch.Tensor, images_per_rank: float) -> torch.Tensor:
+    """Trains on a batch. -> (2,): mean loss and error in percent, on the device, since reading them waits for a GPU
 
-    ``share`` is the global batch size / world size. DDP averages gradients over the ranks, so a summed loss divided by
-    this gives the mean over the global batch, even where one rank has an image more than another. The mean of loss and
-    error over the ranks is the global batch's, too.
+    ``images_per_rank`` is the global batch size / world size. DDP averages gradients over the ranks, so a summed loss
+    divided by it gives the mean over the global batch, even if one rank has an image more than another. Averaged over
+    the ranks, the loss and error returned are those of the global batch, too.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, precision):
         output = net(images)
-    loss = F.nll_loss(output, labels, reduction="sum") / share
+    loss = F.nll_loss(output, labels, reduction="sum") / images_per_rank
     loss.backward()
     optimizer.step()
-    return torch.stack((loss.detach(), (output.detach().argmax(1) != labels).sum() * 100 / share))
+    wrong = (output.detach().argmax(1) != labels).sum()
+    return torch.stack((loss.detach(), wrong * 100 / images_per_rank))
 
 
 def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argparse.Namespace, epoch: int, run: Run,
                 world: World) -> list[float]:
-    """-> the epoch's mean loss and error in percent; train.csv gets a row a step.
-
-    Raises:
-        FloatingPointError: on rank 0, if a loss is not finite.
-    """
+    """-> the epoch's mean loss and error in percent; train.csv gets one row per step. Raises FloatingPointError on
+    rank 0 for a loss that is not finite."""
     torch.manual_seed(dropout_seed(args.seed, epoch, world.rank))
     random = draw(batches.n, args.seed, epoch, batches.padding)
-    stream = (batches.plain(args.batchSz, random.order, world.rank, world.size) if args.no_augment
-              else batches.augmented(random, args.batchSz, world.rank, world.size))
+    if args.no_augment:
+        stream = batches.plain(args.batchSz, random.order, world.rank, world.size)
+    else:
+        stream = batches.augmented(random, args.batchSz, world.rank, world.size)
     n = len(batch_sizes(batches.n, args.batchSz, world.size))
-    read_every = 1 if batches.device.type == "cpu" else math.ceil(n / 8)  # a read waits for the GPU
-    pending, sizes, total, done = [], [], np.zeros(2), 0
+    read_every = 1 if batches.device.type == "cpu" else math.ceil(n / 8)  # steps; a read waits for the GPU
+    pending, sizes, total, done = [], [], np.zeros(2), 0  # pending: steps whose results are still on the device
     with tqdm(total=n, desc=f"epoch {epoch}/{args.nEpochs}", unit="step", leave=False,
-              disable=None if world.rank == 0 else True) as bar:  # None: hidden where stderr is no terminal
-        for images, labels, size in stream:  # size: of the batch, over all ranks
+              disable=None if world.rank == 0 else True) as bar:  # None: no bar unless stderr is a terminal
+        for images, labels, size in stream:  # size of the global batch
             pending.append(step(images, labels, size / world.size))
             sizes.append(size)
             bar.update()
@@ -105,7 +105,7 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
                     check_finite(values, epoch, done)
                     run.add("train.csv", [(epoch - 1 + i / n, *v) for i, v in enumerate(values, done)])
                 bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
-                total += np.array(sizes) @ np.array(values)  # sums over images: means times batch sizes
+                total += np.array(sizes) @ np.array(values)  # means times batch sizes: sums over images
                 done += len(pending)
                 pending, sizes = [], []
     return (total / batches.n).tolist()
@@ -113,9 +113,9 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
 
 @torch.no_grad()
 def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace, world: World,
-             per_class: bool = False) -> Any:
-    """-> mean loss and error in percent over all images, of which each rank takes its part; with ``per_class`` then
-    a list of each class's error in percent (None for a class without images)"""
+             per_class: bool = False) -> tuple[float, float, list[float | None] | None]:
+    """-> mean loss and error in percent over the images of all ranks; with ``per_class`` also each class's error in
+    percent, None for a class without images"""
     net.eval()
     dtype = torch.float32 if batches.device.type == "mps" else torch.float64  # mps has no float64
     total = torch.zeros(2, dtype=dtype, device=batches.device)
@@ -130,16 +130,16 @@ def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace,
             wrong += labels[is_wrong].bincount(minlength=len(wrong))
             seen += labels.bincount(minlength=len(seen))
     net.train()
-    mean = (sum_over_ranks(total, world) / batches.n).tolist()
+    loss, error = (sum_over_ranks(total, world) / batches.n).tolist()
     if not per_class:
-        return mean
-    return *mean, [100 * w / n if n else None for w, n in zip(sum_over_ranks(wrong, world).tolist(),
-                                                                 sum_over_ranks(seen, world).tolist(), strict=True)]
+        return loss, error, None
+    wrong, seen = sum_over_ranks(wrong, world).tolist(), sum_over_ranks(seen, world).tolist()
+    return loss, error, [100 * w / n if n else None for w, n in zip(wrong, seen, strict=True)]
 
 
 def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[str, Any]:
-    """Trains to the last epoch. -> the state after it"""
-    args, train, val, test, net, step, optimizer, state = training  # the state is changed in place
+    """Trains until the last epoch. -> the state after it"""
+    args, train, val, test, net, step, optimizer, state = training  # state is updated in place
     name = "val" if val else "test"
     for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
         start = time.perf_counter()
@@ -149,8 +149,8 @@ def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[st
 
         train_loss, train_error = train_epoch(step, train, args, epoch, run, world)
 
-        share_buffers(net, world)
-        loss, error = evaluate(net, val or test, args, world)
+        broadcast_buffers(net, world)
+        loss, error, _ = evaluate(net, val or test, args, world)
         is_best = not state["best"] or error < state["best"]["error"]
         if is_best:
             state["best"] = {"error": error, "epoch": epoch}
@@ -163,19 +163,19 @@ def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[st
             say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {train_loss:.4f} error {train_error:.2f}%  "
                 f"{name} loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
             plotter.start()
-    if not state["test"]:
-        test_best(training, run, world)
+    if not state["test"]:  # with validation images
+        test_best_weights(training, run, world)
     return state
 
 
-def test_best(training: Training, run: Run, world: World) -> None:
-    """The one use of the test set in a run with validation: at its end, with the weights of the best epoch."""
+def test_best_weights(training: Training, run: Run, world: World) -> None:
+    """Tests the weights of the best epoch: the only use of the test set in a run with validation, at its end."""
     args, net, optimizer, state = training.args, training.net, training.optimizer, training.state
-    last, epoch = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
+    last_weights, epoch = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
     net.load_state_dict(broadcast(run.read_best(epoch)["model"] if world.rank == 0 else None, world))
-    loss, error = evaluate(net, training.test, args, world)
+    loss, error, _ = evaluate(net, training.test, args, world)
     check_evaluation("test", loss, state["epoch"])
-    net.load_state_dict(last)
+    net.load_state_dict(last_weights)
     state["test"] = {"loss": loss, "error": error}
     if world.rank == 0:
         run.add("test.csv", [(epoch, loss, error)])
@@ -183,17 +183,17 @@ def test_best(training: Training, run: Run, world: World) -> None:
 
 
 def evaluation_size(batches: Batches, training_size: int) -> int:
-    """Images of an evaluation step, which keeps nothing for a backward pass: as many pixels as 250 images of 32x32 have
-    on a CPU, 1,000 on a GPU; never fewer than a training step."""
+    """-> images per evaluation step: those with the pixels of 250 images of 32x32 on a CPU, of 1,000 on a GPU, but at
+    least ``training_size``. Nothing is kept for a backward pass, so larger batches than in training fit."""
     images = 1000 if batches.device.type == "cuda" else 250
     return max(training_size, images * 32 * 32 // (batches.height * batches.width))
 
 
 def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
-    """The rate in epoch 1 to nEpochs: a tenth from 1/2, a hundredth from 3/4 of the epochs (paper, section 4.2)."""
+    """-> the rate of epoch 1 ... nEpochs: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, section 4.2)"""
     if opt != "sgd":
         return lr
-    if 4 * (epoch - 1) >= 3 * nEpochs:  # whole numbers: 3/4 of 50 epochs is not one
+    if 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
         return lr / 100
     return lr / 10 if 2 * (epoch - 1) >= nEpochs else lr
 
@@ -201,12 +201,12 @@ def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     if precision != "bf16":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a CUDA graph must cast anew each time
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a CUDA graph casts anew in each replay
 
 
-def check_finite(values: list[list[float]], epoch: int, first: int) -> None:
-    """Raises FloatingPointError; ``first`` is the number of steps before ``values`` in the epoch."""
-    for i, (loss, _) in enumerate(values, first + 1):
+def check_finite(values: list[list[float]], epoch: int, done: int) -> None:
+    """Raises FloatingPointError for a loss that is not finite; ``done``: the epoch's steps before these values."""
+    for i, (loss, _) in enumerate(values, done + 1):
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, iteration {i}; {advice(epoch)}")
 
@@ -237,11 +237,8 @@ def say(message: str) -> None:
 # --- network and optimizer --------------------------------------------------------------------------------------
 
 def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, device: torch.device, world: World) -> Training:
-    """Reads the images and builds the network; nothing is written yet.
-
-    Raises:
-        ValueError: for whatever has to be refused.
-    """
+    """Reads the images, builds network and optimizer, and writes nothing yet. Raises ValueError for images, a network
+    or a batch size that cannot be used."""
     if world.rank == 0:
         check_network(args, device, world.size)  # before a download
     sets = load_on_every_rank(args, saved, world)
@@ -252,8 +249,8 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, device: torc
     if saved:
         state = resumed_state(state, saved)
     net, optimizer = make_net_and_optimizer(args, sets, device, world, state, saved)
-    state |= {"arguments": net.arguments, "parameters": count(net)}
-    train, val, test = (images and Batches(images, sets.mean, sets.std, device, border=args.border)
+    state |= {"arguments": net.arguments, "parameters": count_parameters(net)}
+    train, val, test = (Batches(images, sets.mean, sets.std, device, border=args.border) if images else None
                         for images in (sets.train, sets.val, sets.test))
     step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
     return Training(args, train, val, test, net, step, optimizer, state)
@@ -262,8 +259,8 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, device: torc
 def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.device, world: World,
                            state: dict[str, Any], saved: dict[str, Any] | None
                            ) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
-    """New from --seed or from torchvision's weights, or as the checkpoint has them."""
-    torch.manual_seed(args.seed)  # before anything is drawn; on the CPU, so alike for every device
+    """-> both from the checkpoint ``saved``; or new ones, with weights from --seed or torchvision's"""
+    torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same for every device
     efficient = {name: value for value, name in PATHS.items()}[state["path"]]
     net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1], efficient=efficient)
     is_resumed = saved is not None and "model" in saved
@@ -272,21 +269,21 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
             pretrained_weights(args.arch)
         distributed.barrier(world)
         net.load_torchvision(pretrained_weights(args.arch), classifier=False)
-    if args.syncBN and world.size > 1:  # one rank's statistics are all there is
+    if args.syncBN and world.size > 1:
         distributed.SyncBatchNorm2d.replace_all(net)
     net.to(device)
     if device.type == "cuda":
-        net.to(memory_format=torch.channels_last)  # as the activations are, or each step would copy the weights
+        net.to(memory_format=torch.channels_last)  # as the activations: else each step copies the weights
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
     if args.opt == "sgd":
         settings = dict(momentum=0.9, nesterov=not args.no_nesterov)
     else:
-        settings = dict(capturable=uses_graph(args, device, world))  # a graph needs its step count on the GPU
+        settings = dict(capturable=uses_graph(args, device, world))  # for a graph the step count is on the GPU
     optimizer = kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **settings)
     if is_resumed:
         try:
             net.load_state_dict(saved["model"])
-            groups = [group | settings for group in saved["optimizer"]["param_groups"]]  # the device may be another
+            groups = [group | settings for group in saved["optimizer"]["param_groups"]]  # the device may have changed
             optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
             match_formats(optimizer)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -298,7 +295,7 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
 
 
 def match_formats(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer's state its parameters' memory format: with another one a step would take the slow path."""
+    """Gives the optimizer's state the memory format of the parameters: otherwise a step takes torch's slow path."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -311,7 +308,7 @@ def uses_graph(args: argparse.Namespace, device: torch.device, world: World) -> 
 
 def make_step(args: argparse.Namespace, net: torch.nn.Module, optimizer: torch.optim.Optimizer,
               graphed: bool) -> Callable[..., torch.Tensor]:
-    """-> the function that takes images, labels and share, and trains on them"""
+    """-> train_step as a function of (images, labels, images_per_rank), as one CUDA graph if ``graphed``"""
     step = functools.partial(train_step, net, optimizer, args.precision)
     return GraphedStep(step, net, optimizer, args.batchSz) if graphed else step
 
@@ -319,10 +316,10 @@ def make_step(args: argparse.Namespace, net: torch.nn.Module, optimizer: torch.o
 # --- main -------------------------------------------------------------------------------------------------------
 
 def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: World) -> None:
-    """The whole run, or what is left of it.
+    """A run from its start, or with --resume from its checkpoint to its end.
 
-    --resume: the checkpoint's flags hold (``Run.open``, ``resumed_args``), so do its images, weights and momentum
-    (``prepare``), the CSVs are cut back to it (``Run.begin``), and ``fit`` goes on with the next epoch.
+    To resume, ``Run.open`` reads the checkpoint, ``resumed_args`` its flags, ``prepare`` its weights and momentum;
+    ``Run.begin`` cuts the CSVs to their lengths at the checkpoint, and ``fit`` continues with the next epoch.
     """
     saved = None
     if world.rank == 0:
@@ -349,6 +346,7 @@ def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: W
 
 def announce(args: argparse.Namespace, state: dict[str, Any], saved: dict[str, Any] | None, device: torch.device,
              world: World) -> None:
+    """Prints the run's first line, after warnings of what differs from the ``saved`` run."""
     if saved:
         warn_of_differences(saved["environment"], environment(device, args.precision, world), args)
         if args.dropRate > 0 and "version" not in saved:
@@ -367,22 +365,22 @@ def announce(args: argparse.Namespace, state: dict[str, Any], saved: dict[str, A
 def summary(args: argparse.Namespace, result: dict[str, Any]) -> str:
     error, best = result["test"]["error"], result["best"]
     if args.valSize:
-        what = (f"test error {error:.2f}% with the weights of epoch {best['epoch']}, the best in validation with "
+        text = (f"test error {error:.2f}% with the weights of epoch {best['epoch']}, the best in validation with "
                 f"{best['error']:.2f}%,")
     else:
-        what = f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})"
-    return f"{what} after {result['epoch']} epochs; everything is in {args.save}"
+        text = f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})"
+    return f"{text} after {result['epoch']} epochs; everything is in {args.save}"
 
 
 def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Prints the loss and error of --evaluate. --dataset, --data, --classes, --imageSize, --precision, --device,
-    --no-cuda and --deterministic default to the checkpoint's."""
+    """Prints loss, error and each class's error of the checkpoint --evaluate. Its own --dataset, --data, --classes,
+    --imageSize, --precision, --device, --no-cuda and --deterministic are the defaults."""
     if world.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
     checkpoint = densenet.read_checkpoint(args.evaluate)
     net = densenet.load(args.evaluate)
     try:
-        saved = get_args_parser().checked(checkpoint.get("flags", {}))
+        saved = get_args_parser().restore(checkpoint.get("flags", {}))
     except ValueError as error:
         raise ValueError(f"{args.evaluate} has flags that this train.py does not take ({error})") from None
     for name in ("dataset", "data", "classes", "imageSize", "precision", "device", "no_cuda", "deterministic"):
@@ -401,9 +399,9 @@ def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], worl
         raise ValueError(f"--data {args.data} has the classes {shorten(test.classes)}, the checkpoint "
                          f"{shorten(net.classes)}")
     batches = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
-    loss, error, of_classes = evaluate(net.to(device), batches, args, World(), per_class=True)
+    loss, error, class_errors = evaluate(net.to(device), batches, args, World(), per_class=True)
     say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
-    for name, error in zip(net.classes, of_classes, strict=True):
+    for name, error in zip(net.classes, class_errors, strict=True):
         say(f"  {name}: no images" if error is None else f"  {name}: {error:.2f}%")
 
 
@@ -418,7 +416,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return report(error, run, world)
     try:
-        with stopping() if world.rank == 0 else contextlib.nullcontext():  # a signal ends the other ranks at once
+        # on other ranks a signal keeps its default action: it ends them at once
+        with raise_on_signals() if world.rank == 0 else contextlib.nullcontext():
             try:
                 if args.evaluate:
                     evaluate_checkpoint(args, explicit, world)
@@ -437,13 +436,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout is None:  # closed, as by >&-
+    if sys.stdout is None:  # closed in the shell by >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     status = main()
     try:
         sys.stdout.flush()
-    except OSError:  # already told; or Python would complain again at its end
+    except OSError:  # already reported; with a broken stdout Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """-> all flags; those given on the command line, even if equal to the default"""
+        """-> all flags, and those given on the command line, even if equal to the default"""
         # argparse cannot tell a default from a given value: parse again with a marker as every default
         defaults = vars(self.parse_args([]))
         unset = object()
@@ -30,8 +30,12 @@ class Parser(argparse.ArgumentParser):
         explicit = {name: value for name, value in explicit.items() if value is not unset}
         return argparse.Namespace(**defaults | explicit), explicit
 
-    def checked(self, saved: dict[str, Any]) -> argparse.Namespace:
-        """Flags that a file holds, over the defaults. ValueError for one that this parser does not know or take."""
+    def restore(self, saved: dict[str, Any]) -> argparse.Namespace:
+        """-> the defaults, updated with the flags that a file holds
+
+        Raises:
+            ValueError: for a flag that is unknown, or a value that the command line would not accept.
+        """
         actions = {action.dest: action for action in self._actions if action.default is not argparse.SUPPRESS}
         flags = {name: action.default for name, action in actions.items()}
         for name, value in saved.items():
@@ -43,24 +47,23 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**flags)
 
     def check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raises ValueError for a value that the flag could not have from a command line."""
         if action.nargs == 0:
-            is_right = isinstance(value, bool)
+            is_valid = isinstance(value, bool)
         elif action.nargs == "+":
-            is_right = isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+            is_valid = isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
         else:
             try:
-                parsed = self._get_values(action, [str(value)])  # private: a command line's checks of type and choice
-                is_right = parsed == value and type(value) in (str, int, float)
+                parsed = self._get_values(action, [str(value)])  # private, but it checks both type and choices
+                is_valid = parsed == value and type(value) in (str, int, float)
             except argparse.ArgumentError:
-                is_right = False
-        if not is_right:
+                is_valid = False
+        if not is_valid:
             raise ValueError(f"{action.option_strings[-1]} is {str(value)[:60]!r}")
 
 
 def number(kind: type, minimum: float, maximum: float, valid: str = ""):
-    """-> an argparse type: numbers of this kind from minimum to maximum, both included"""
-    valid = valid or f"{'a whole number ' if kind is int else ''}from {minimum} to {maximum}"
+    """-> an argparse type: numbers of this kind from minimum to maximum, both included; ``valid`` tells the range"""
+    valid = valid or (f"a whole number from {minimum} to {maximum}" if kind is int else f"from {minimum} to {maximum}")
 
     def parse(text: str) -> float:
         try:
@@ -74,7 +77,7 @@ def number(kind: type, minimum: float, maximum: float, valid: str = ""):
 
 
 def path(text: str) -> str:
-    """An argparse type: a path that a one-line message can show."""
+    """An argparse type: a path of printable characters, since messages show it in one line."""
     if not text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path of printable characters")
     return text
@@ -96,13 +99,13 @@ NETWORK_FLAGS = ("growthRate", "depth", "reduction", "no_bottleneck")
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """DenseNet's arguments, from what add_network_flags has parsed."""
+    """-> DenseNet's arguments for the flags of add_network_flags"""
     return dict(growthRate=args.growthRate, depth=args.depth, reduction=args.reduction,
                 bottleneck=not args.no_bottleneck)
 
 
 def flag(name: str, value: Any = True) -> str:
-    """A flag as on a command line: --depth=40, --no-cuda, --classes cat dog; "" for one that is not set."""
+    """-> the flag as it stands on a command line: --depth=40, --no-cuda, --classes cat dog; "" if it is not set"""
     if value is None or value is False:
         return ""
     name = f"--{name.replace('_', '-')}"
@@ -114,12 +117,12 @@ def flag(name: str, value: Any = True) -> str:
 # --- messages ---------------------------------------------------------------------------------------------------
 
 def first_line(error: Exception) -> str:
-    """The first line of its message, or its kind."""
+    """-> the first line of the error's message, or its type's name if there is no message"""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters escaped: the name of a file or class may hold commands for a terminal."""
+    """-> text with control characters escaped: the name of a file or class could hold commands for a terminal"""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -136,6 +139,6 @@ def warn(message: str) -> None:
 
 
 def fail(error: Exception | str, status: int, program: str) -> int:
-    """Prints the error in one line. -> the exit status"""
+    """Prints the error in one line. -> ``status``, the exit status"""
     tell(f"error: {error}", program)
     return status

@@ -10,38 +10,38 @@ from lib.device import is_out_of_memory
 
 
 class CaptureFailed(RuntimeError):
-    """The step could not be captured. What CUDA has captured so far cannot be undone: this process cannot go on."""
+    """The step could not be captured. A failed capture cannot be undone, so this process cannot go on."""
 
 
 class GraphedStep:
     """A training step whose thousands of kernels are replayed as one CUDA graph, at the cost of one launch.
 
-    A graph has fixed shapes and a fixed learning rate. So a batch of another size runs eagerly, and the step is
-    captured again for each new rate.
+    A graph has fixed shapes and a fixed learning rate: a batch of another size runs eagerly, and the step is captured
+    again for each new rate.
     """
 
     def __init__(self, eager: Callable[..., torch.Tensor], net: nn.Module, optimizer: torch.optim.Optimizer,
                  batch_size: int):
-        """``eager(images, labels, share)`` trains ``net`` with ``optimizer`` and returns loss and error."""
+        """``eager(images, labels, images_per_rank)`` trains ``net`` with ``optimizer``, see train.train_step."""
         self.eager, self.net, self.optimizer, self.batch_size = eager, net, optimizer, batch_size
         self.rate: float | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
-        self.possible = True
+        self.can_capture = True
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-        whole = len(images) == self.batch_size
-        if whole and self.possible and self.rate != self.optimizer.param_groups[0]["lr"]:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, images_per_rank: float) -> torch.Tensor:
+        is_full = len(images) == self.batch_size
+        if is_full and self.can_capture and self.rate != self.optimizer.param_groups[0]["lr"]:
             self.prepare(images, labels)
-        if not whole or not self.possible:
-            return self.eager(images, labels, share)
+        if not is_full or not self.can_capture:
+            return self.eager(images, labels, images_per_rank)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
         return self.result.clone()
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Captures the step with the present rate. If the warm-up fails, steps run eagerly from then on.
+        """Captures the step with the present learning rate. If the warm-up fails, steps run eagerly from then on.
 
         Raises:
             CaptureFailed: if the capture itself fails.
@@ -56,13 +56,13 @@ class GraphedStep:
                 raise
             problem = first_line(error)
         if problem:  # outside the except clause, which would keep the failed step's tensors alive
-            self.possible = False
+            self.can_capture = False
             warn(f"no CUDA graph, each operation is launched by itself: {problem}")
             return
         try:
             self.graph = self.capture()
         except RuntimeError as error:
-            # ending a failed capture fails again: the first error tells what happened, or that a signal came
+            # the end of a failed capture raises again: the first error in the chain is the cause, or a signal
             while isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 error = error.__context__
             if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
@@ -71,7 +71,7 @@ class GraphedStep:
                                 "again with --no-graph") from error
 
     def step(self) -> None:
-        self.result = self.eager(self.images, self.labels, self.batch_size)
+        self.result = self.eager(self.images, self.labels, self.batch_size)  # the one rank has the whole batch
 
     def state(self) -> list[torch.Tensor]:
         """All tensors that a step changes."""
@@ -79,8 +79,8 @@ class GraphedStep:
         return [*self.net.parameters(), *self.net.buffers(), *moments]
 
     def warm_up(self) -> None:
-        """Three steps before the capture: libraries choose their kernels, the optimizer makes its state. Afterwards all
-        tensors are as they were. State that was not there before is zero, with which SGD, Adam and RMSprop begin."""
+        """Runs three steps, in which libraries choose kernels and the optimizer makes its state. Then restores all
+        tensors. New state of the optimizer becomes zero, from which SGD, Adam and RMSprop start."""
         before = {tensor: tensor.detach().clone() for tensor in self.state()}
         try:
             with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
@@ -100,12 +100,12 @@ class GraphedStep:
         try:
             with torch.cuda.stream(self.stream):
                 self.step()
-        finally:  # what follows must not overtake it
+        finally:  # later work waits for the step, even for a failed one
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """Records a step, without running it."""
-        self.optimizer.zero_grad(set_to_none=True)  # so that the graph's own memory holds the gradients
+        self.optimizer.zero_grad(set_to_none=True)  # then the capture allocates the gradients in the graph's own memory
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self.step()

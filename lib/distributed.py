@@ -1,8 +1,8 @@
-"""The processes (ranks) of one training that torchrun has started, and batch norm over all of them.
+"""The ranks (processes) of a training that torchrun has started, and batch norm over all of them.
 
-Without torchrun there is one rank and no process group. Every rank calls the collective functions at the same point.
-If a rank fails, the others find its connection closed: over gloo, their collectives then raise an error that
-``is_peer_failure`` knows.
+Without torchrun there is one rank and no process group. All ranks must call the collective functions in the same
+order. If a rank fails, the others find its connection closed: over gloo, their collectives then raise an error that
+``is_peer_failure`` recognises.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ import torch.nn as nn
 
 class World(NamedTuple):
     rank: int = 0
-    size: int = 1  # ranks
+    size: int = 1  # number of ranks
     local_rank: int = 0  # among the ranks of this machine
-    local_size: int = 1
+    local_size: int = 1  # number of ranks on this machine
 
 
 def read_world() -> World:
-    """Raises ValueError for an environment that torchrun does not make."""
-    if "MASTER_ADDR" not in os.environ:  # other programs set RANK and the like, too
+    """-> this rank, from torchrun's environment variables. Raises ValueError if these are incomplete or no numbers."""
+    if "MASTER_ADDR" not in os.environ:  # RANK and the like alone can be from another program
         return World()
     variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     for name, value in variables.items():
@@ -40,6 +40,7 @@ def read_world() -> World:
 
 
 def start(world: World) -> None:
+    """Starts the process group, if there are several ranks: gloo for tensors on the CPU, NCCL for those on GPUs."""
     if world.size == 1:
         return
     store = next(dist.rendezvous("env://"))[0]
@@ -49,17 +50,19 @@ def start(world: World) -> None:
 
 
 def agree_on_prefix(store: dist.Store, world: World) -> str:
-    """A new prefix for this start's keys. After a restart torchrun's store still has the keys of the processes before,
-    and a rank that reads those waits for a dead process (pytorch #135712). Tokens are random, so that stale keys never
-    match."""
+    """-> a new prefix for the process group's keys, the same on all ranks
+
+    After a restart torchrun's store still has the keys of the previous processes, and a rank that reads those waits for
+    a dead process (pytorch #135712). Here stale keys never match, because they are looked up by random tokens.
+    """
     token = secrets.token_hex(8)
     store.set(f"hello {world.rank}", token)
     if world.rank > 0:
-        prefix = store.get(f"answer {token}").decode()  # waits for it
+        prefix = store.get(f"answer {token}").decode()  # waits until rank 0 has set it
         store.set(f"{prefix} {world.rank}", "seen")
         return prefix
     for rank in range(1, world.size):
-        while not store.check([f"{token} {rank}"]):
+        while not store.check([f"{token} {rank}"]):  # until then its hello may be a stale one
             store.set(f"answer {store.get(f'hello {rank}').decode()}", token)
             time.sleep(0.01)
     return token
@@ -81,31 +84,32 @@ def broadcast(value: Any, world: World) -> Any:
 
 
 def barrier(world: World) -> None:
-    """Waits for all ranks. Over gloo, which notices a rank that has failed."""
+    """Waits for all ranks, by a collective on the CPU: its backend, gloo, notices a rank that has failed."""
     if world.size > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+    """Sums the values over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(values)
     return values
 
 
 def average_gradients(net: nn.Module, world: World) -> nn.Module:
-    """-> ``net``, or around it DDP, which averages the gradients during the backward pass. Batch norm's statistics are
-    not synchronised here; see SyncBatchNorm2d."""
+    """-> ``net`` wrapped in DDP, which averages the gradients during the backward pass; with one rank ``net`` itself.
+    Buffers, such as running statistics, stay each rank's own; see broadcast_buffers."""
     if world.size == 1:
         return net
     ddp = nn.parallel.DistributedDataParallel
-    names = inspect.signature(ddp).parameters  # torch 2.15 renamed it
-    no_sync = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 weights: the bytes' order is the same
+    is_renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.15
+    no_sync = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 weights: their order in memory does match
     return ddp(net, gradient_as_bucket_view=True, **no_sync)
 
 
-def share_buffers(net: nn.Module, world: World) -> None:
-    """Rank 0's running statistics on all ranks: for evaluation, and for the checkpoint."""
+def broadcast_buffers(net: nn.Module, world: World) -> None:
+    """Gives all ranks the running statistics of rank 0, so that all evaluate the network that rank 0 saves."""
     if world.size > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
@@ -117,27 +121,29 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by the statistics of all ranks' images, on any device (torch's refuses CPU tensors)."""
+    """Batch norm with the batch statistics of all ranks, on any device: torch's SyncBatchNorm refuses CPU tensors."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        n = x.numel() // x.shape[1]
-        var, mean = (v.double() for v in torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0))
-        sums = torch.cat((mean * n, (var + mean.square()) * n, mean.new_tensor([n])))  # float64: squares lose nothing
-        *sums, m = AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
-        mean, var = sums[0] / m, sums[1] / m - (sums[0] / m).square()
+        n = x.numel() // x.shape[1]  # values per channel on this rank
+        var, mean = torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0)
+        var, mean = var.double(), mean.double()  # float64: the difference of squares below loses digits
+        sums = torch.cat((mean * n, (var + mean.square()) * n, mean.new_tensor([n])))
+        total, squares, m = AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
+        mean, var = total / m, squares / m - (total / m).square()
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * m / (m - 1)).to(self.running_var.dtype), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        scale, shift = ((v.to(self.weight.dtype)[:, None, None]) for v in (scale, self.bias - mean * scale))
+        shift = self.bias - mean * scale
+        scale, shift = (v.to(self.weight.dtype)[:, None, None] for v in (scale, shift))  # (C, 1, 1)
         return torch.addcmul(shift, x, scale).to(x.dtype)
 
     @staticmethod
     def replace_all(net: nn.Module) -> None:
-        """Before an optimizer takes the parameters."""
+        """Replaces all batch norms, in place. The parameters are new ones, so this comes before the optimizer."""
         for module in [*net.modules()]:
             for name, norm in module.named_children():
                 if type(norm) is nn.BatchNorm2d:
@@ -147,7 +153,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks. Every rank reads it, so its gradient is the sum over all ranks, too."""
+    """The sum over all ranks. Every rank reads it, so the gradient for each rank's values is such a sum, too."""
 
     @staticmethod
     def forward(ctx, values):

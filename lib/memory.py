@@ -1,7 +1,7 @@
-"""How much memory a training step needs, how much there is, and which path of the dense block that allows.
+"""How much memory a training step needs, how much there is, and which path of the dense block fits.
 
-The textbook layers are the fastest where they fit on a GPU, and in bfloat16; the efficient block is the fastest in
-float32 on a CPU (README, "Which path runs").
+Where they fit, the textbook layers are the fastest on a GPU and in bfloat16; on a CPU in float32 the efficient block is
+the fastest (README, "Which path runs").
 """
 
 import argparse
@@ -15,8 +15,8 @@ import torch
 from densenet import DenseNet
 from lib.cli import EFFICIENT
 
-SHARE = 0.8  # of the memory that a step may take by this arithmetic: libraries' workspaces and fragments need the rest
-STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # as large as a parameter, that an optimizer keeps for it
+USABLE_SHARE = 0.8  # of the memory; the rest is for what is not counted: libraries' workspaces and fragmentation
+STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # that the optimizer keeps for a parameter, each as large as it
 
 
 class Choice(NamedTuple):
@@ -25,54 +25,53 @@ class Choice(NamedTuple):
 
 
 def kept_by_textbook(net: DenseNet, size: int, value_bytes: int = 4, mask_bytes: int = 4) -> int:
-    """Bytes that the textbook layers keep for the backward pass, for an image of size x size.
+    """Bytes that the textbook layers keep for the backward pass, for one image of size x size pixels.
 
-    A batch norm keeps its input, a ReLU its output, which is also the convolution's input; a concatenation keeps
-    nothing. Dropout keeps a mask, of ``mask_bytes`` a value: 1 on a GPU, a whole value on a CPU.
+    A batch norm keeps its input. A ReLU keeps its output, which is also the convolution's input. A concatenation keeps
+    nothing. Dropout keeps a mask: ``mask_bytes`` per value are 1 on a GPU and those of the value itself on a CPU.
     """
-    small, dropout = net.arguments["smallInputs"], net.arguments["dropRate"] > 0
-    pixels = size * size
-    values = net.arguments["inChannels"] * pixels
+    values = net.arguments["inChannels"] * size**2
     masks = indices = 0
-    if not small:
-        for stage in ("conv1", "pool"):
-            size = (size - 1) // 2 + 1
-            pixels = size * size
-            if stage == "conv1":
-                values += 2 * net.conv1.out_channels * pixels  # bn0's input, ReLU's output
-            else:
-                indices = net.conv1.out_channels * pixels  # of the maxima, int64
+    if not net.arguments["smallInputs"]:
+        size = (size - 1) // 2 + 1  # after conv1 with stride 2
+        values += 2 * net.conv1.out_channels * size**2  # bn0's input, ReLU's output
+        size = (size - 1) // 2 + 1  # after max pooling with stride 2
+        indices = net.conv1.out_channels * size**2  # of the maxima, int64
     for b in range(1, net.nBlocks + 1):
+        pixels = size**2
         for layer in getattr(net, f"dense{b}"):
             inner = layer.bn2.num_features if hasattr(layer, "bn2") else 0
             values += 2 * (layer.bn1.num_features + inner) * pixels
-            masks += dropout * (inner + net.arguments["growthRate"]) * pixels
+            masks += (inner + net.arguments["growthRate"]) * pixels
         if b < net.nBlocks:
             conv = getattr(net, f"trans{b}").conv1
             values += (2 * conv.in_channels + conv.out_channels) * pixels  # batch norm, ReLU; the pooling's input
-            masks += dropout * conv.out_channels * pixels
+            masks += conv.out_channels * pixels
             size //= 2
-            pixels = size * size
     values += 2 * net.bn1.num_features * pixels + net.fc.in_features
-    log_probabilities = 4 * net.fc.out_features  # always float32
+    if net.arguments["dropRate"] == 0:
+        masks = 0
+    log_probabilities = 4 * net.fc.out_features  # bytes: always float32
     return values * value_bytes + masks * mask_bytes + 8 * indices + log_probabilities
 
 
-def step_bytes(net: DenseNet, args: argparse.Namespace, size: int, images: int, batch_size: int, on_gpu: bool) -> int:
-    """Bytes of a training step with the textbook layers: what they keep for ``batch_size`` images, weights, gradients,
-    the optimizer's state, and the data set's ``images`` bytes."""
+def step_bytes(net: DenseNet, args: argparse.Namespace, size: int, data_bytes: int, batch_size: int,
+               on_gpu: bool) -> int:
+    """Bytes of a training step with the textbook layers: what they keep for ``batch_size`` images of size x size
+    pixels, weights, gradients, the optimizer's state, and the data set's ``data_bytes``."""
     value_bytes = 2 if args.precision == "bf16" else 4
     kept = kept_by_textbook(net, size, value_bytes, mask_bytes=1 if on_gpu else value_bytes)
-    return batch_size * kept + 4 * (2 + STATE_TENSORS[args.opt]) * count(net) + images
+    return batch_size * kept + 4 * (2 + STATE_TENSORS[args.opt]) * count_parameters(net) + data_bytes
 
 
-def choose_path(args: argparse.Namespace, net: DenseNet, size: int, images: int, batch_size: int,
+def choose_path(args: argparse.Namespace, net: DenseNet, size: int, data_bytes: int, batch_size: int,
                 device: torch.device, sharing: int = 1) -> Choice:
     """The fastest path of the dense block that fits.
 
     Args:
-        images: bytes of the data set on the device
-        batch_size: images of a rank
+        size: height and width of an image in pixels
+        data_bytes: size of the data set, which is held on the device
+        batch_size: images per rank
         sharing: ranks that share the device's memory
     """
     if args.syncBN:
@@ -83,23 +82,23 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, images: int,
         return Choice(False, f"the efficient block does not run on {device.type}")
     if device.type == "cpu" and args.precision != "bf16":
         return Choice(True, "the fastest on a CPU in float32")
-    needed = sharing * step_bytes(net, args, size, images, batch_size, device.type == "cuda")
+    needed = sharing * step_bytes(net, args, size, data_bytes, batch_size, device.type == "cuda")
     available = total_memory(device)
     figures = f"{needed / 1e9:.1f} of {available / 1e9:.1f} GB"
-    if needed <= SHARE * available:
+    if needed <= USABLE_SHARE * available:
         return Choice(False, f"a step of the textbook layers fits, with {figures}")
     return Choice(True, f"a step of the textbook layers does not fit, with {figures}")
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine: its physical memory or, if that is less, the limit of a container."""
+    """-> bytes of the GPU's memory; else of the physical memory, or of a container's limit if that is less"""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
 
 
 def cgroup_limits(cgroups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """The memory limits of this process's control group and of those above it (Linux; versions 1 and 2), in bytes."""
+    """-> bytes: the memory limits of this process's control group and of its ancestors (Linux, cgroup 1 and 2)"""
     limits = []
     with contextlib.suppress(OSError):
         for line in cgroups.read_text().splitlines():
@@ -116,6 +115,5 @@ def cgroup_limits(cgroups: Path = Path("/proc/self/cgroup"), root: Path = Path("
     return limits
 
 
-def count(net: torch.nn.Module) -> int:
-    """Parameters."""
+def count_parameters(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())

@@ -1,4 +1,4 @@
-"""The network that train.py's flags describe: building it, its weights, and refusing early what cannot be trained."""
+"""The network that train.py's flags describe: builds it, refuses early what cannot be trained, gets its weights."""
 
 import argparse
 import contextlib
@@ -12,13 +12,13 @@ import torchvision
 import densenet
 from lib import data
 from lib.cli import network_arguments
-from lib.memory import count, total_memory
+from lib.memory import count_parameters, total_memory
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 
 
 def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
-    """``arguments``: DenseNet's others. ValueError for geometry that no network can have."""
+    """Adds ``arguments`` to those that the flags give. Raises ValueError for impossible geometry."""
     if args.arch:
         return getattr(densenet, args.arch)(dropRate=args.dropRate, **arguments)
     return densenet.DenseNet(**network_arguments(args), dropRate=args.dropRate, initChannels=args.initChannels,
@@ -26,15 +26,16 @@ def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
 
 
 def check_network(args: argparse.Namespace, device: torch.device, nRanks: int) -> None:
-    """Raises ValueError for a network that cannot be, or of which not even a part fits into the memory."""
+    """Raises ValueError for a batch that cannot be split equally over the ranks, for impossible geometry, or if even a
+    part of a step needs more than the memory."""
     if args.batchSz % nRanks:
         raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {nRanks} processes; valid are multiples of "
                          f"{nRanks}")
-    with torch.device("meta"):  # sizes alone
+    with torch.device("meta"):  # shapes without memory
         net = make_net(args)
     side = (args.imageSize or 32) // (4 if args.arch else 1)
-    # weights, gradients and momentum; the first block's output for a batch, and its gradient
-    needed = 12 * count(net) + 8 * args.batchSz // nRanks * side**2 * net.trans1.bn1.num_features
+    # in float32 weights, gradients and momentum; the first block's output for a batch, and its gradient
+    needed = 12 * count_parameters(net) + 8 * args.batchSz // nRanks * side**2 * net.trans1.bn1.num_features
     available = total_memory(device)
     if needed > available:
         raise ValueError(f"a step of this network with --batchSz {args.batchSz} needs {needed / 1e9:.0f} GB of memory "
@@ -42,11 +43,11 @@ def check_network(args: argparse.Namespace, device: torch.device, nRanks: int) -
 
 
 def check_images(args: argparse.Namespace, images: torch.Tensor, smallest: int) -> None:
-    """Raises ValueError for images that are too small for the network, or if batch norm gets a single value a channel.
+    """Raises ValueError if the images are too small for the network, or batch norm gets one value per channel.
 
     ``smallest``: the smallest number of images that a rank has in a step.
     """
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes without memory
         net = make_net(args, inChannels=images.shape[1])
         try:
             net(torch.empty(2, *images.shape[1:]))
@@ -61,25 +62,26 @@ def check_images(args: argparse.Namespace, images: torch.Tensor, smallest: int) 
 
 
 def pretrained_weights(arch: str) -> dict[str, torch.Tensor]:
-    """torchvision's, downloaded into torch's cache unless they are there; the SHA-256 in the file's name is checked.
+    """torchvision's weights, from torch's cache or downloaded into it; the SHA-256 in the file's name is checked.
 
     Raises:
-        ValueError: if they are neither in the cache, and sound, nor can be downloaded.
+        ValueError: if the cached file is damaged, or the download fails.
     """
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/")[-1])
-    there = file.exists()
+    is_cached = file.exists()
     try:
-        if there:  # torch checks what it downloads, never what is in its cache
+        if is_cached:  # torch checks only what it downloads
             with open(file, "rb") as content:
-                found, expected = hashlib.file_digest(content, "sha256").hexdigest(), file.stem.rsplit("-")[-1]
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            expected = file.stem.rsplit("-")[-1]
             if not found.startswith(expected):
                 raise ValueError(f"its SHA-256 begins with {found[:len(expected)]}, not {expected}")
-        with data.quiet_download(), contextlib.redirect_stderr(io.StringIO()):  # where torch announces it
+        with data.quiet_download(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the URL
             return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib's, pickle's, zipfile's, torch's
         reason = " ".join(str(error).split())[:200]
-        if there:
+        if is_cached:
             raise ValueError(f"--pretrained: {file} is damaged ({reason}); remove it") from None
         raise ValueError(f"--pretrained: there is no {file}, and its download failed ({reason}); put it there"
                          ) from None

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as an exception, which ends a training at once."""
+"""Turns SIGTERM and Ctrl-C into an exception, which ends a training at once."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class Stopped(KeyboardInterrupt):
-    """The signal ``number`` came."""
+    """The process received the signal ``number``."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -15,24 +15,25 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise Stopped, once: a second signal ends the process.
+def raise_on_signals() -> Iterator[None]:
+    """A context in which the first SIGTERM or SIGINT raises Stopped; a second signal ends the process.
 
-    A signal that is ignored (nohup, a background job) stays so. Threads other than the main one get no signals.
+    An ignored signal (nohup, a background job) stays ignored. Outside the main thread, where Python allows no signal
+    handlers, the context does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
 
     def stop(number: int, _frame) -> None:
-        for s in caught:
-            signal.signal(s, signal.SIG_DFL)
+        for n in numbers:
+            signal.signal(n, signal.SIG_DFL)
         raise Stopped(number)
 
-    before = {s: signal.signal(s, stop) for s in caught}
+    previous = {n: signal.signal(n, stop) for n in numbers}
     try:
         yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for n, handler in previous.items():
+            signal.signal(n, handler)

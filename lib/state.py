@@ -1,4 +1,4 @@
-"""What a run's checkpoints hold besides weights, optimizer and CSVs: at its start, and where it continues."""
+"""The state that a checkpoint holds besides weights and optimizer: of a new run, and of a resumed one."""
 
 import argparse
 from typing import Any
@@ -8,25 +8,25 @@ import torch
 import densenet
 from lib.device import environment
 from lib.distributed import World, broadcast
-from lib.flags import PER_SESSION
+from lib.flags import NOT_SAVED
 from lib.layers import PATHS
 from lib.memory import choose_path
 from lib.network import make_net
 from lib.sets import Sets, set_sizes
 
 KEPT_ON_RESUME = ("scheduleEpochs", "environment", "path", "pathReason", "mean", "std", "epoch", "val", "test", "best",
-                  "csvLengths", "csvDigests")  # what a resumed run takes from its checkpoint
+                  "csvLengths", "csvDigests")  # a resumed run has these from its checkpoint
 
 
 def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, world: World) -> dict[str, Any]:
-    """A run before its first epoch: what its checkpoints hold, but for weights and optimizer."""
-    with torch.device("meta"):  # sizes alone
+    """-> the state before the first epoch, with the path of the dense block that fits into memory"""
+    with torch.device("meta"):  # shapes without memory
         net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
     path = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device,
                        sharing=world.local_size if device.type == "cpu" else 1)
     path = broadcast(path, world)  # another rank's memory may differ
     return {"format": 1, "version": densenet.__version__,
-            "flags": {name: value for name, value in vars(args).items() if name not in PER_SESSION},
+            "flags": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
             "scheduleEpochs": args.nEpochs, "environment": environment(device, args.precision, world),
             "path": PATHS[path.efficient], "pathReason": path.reason,
             "mean": sets.mean, "std": sets.std, "classes": sets.train.classes, **set_sizes(sets),
@@ -34,9 +34,9 @@ def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, wo
 
 
 def resumed_state(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """-> the saved state with the present flags
+    """-> the present run's ``state``, with the progress of the ``saved`` one
 
-    If a finished run with validation is prolonged, the test at its old end is forgotten: it is tested at its new end.
+    A finished run with validation that gets more epochs loses its test result: it is tested again at its new end.
     """
     state = state | {name: saved[name] for name in KEPT_ON_RESUME if name in saved}
     if state["valImages"] and state["test"] and state["epoch"] < state["flags"]["nEpochs"]:

@@ -150,5 +150,5 @@ def test_the_block_takes_less_memory_than_the_textbook_and_max_less_again(gpu):
 def test_a_step_of_the_textbook_fits_where_the_arithmetic_says_so(dropRate, gpu):
     peak, net = peak_of_a_step("textbook", gpu, dropRate=dropRate)
     args, _ = train.parse_args(["--dropRate", str(dropRate)])
-    counted = memory.step_bytes(net, args, 32, images=64 * 3 * 32 * 32 * 4, batch_size=64, on_gpu=True)
-    assert 0.8 * counted < peak < counted / memory.SHARE
+    counted = memory.step_bytes(net, args, 32, data_bytes=64 * 3 * 32 * 32 * 4, batch_size=64, on_gpu=True)
+    assert 0.8 * counted < peak < counted / memory.USABLE_SHARE

@@ -54,13 +54,13 @@ def test_a_step_is_what_is_kept_weights_gradients_optimizer_and_images():
     net = DenseNet(12, 22)
     for opt, tensors in (("sgd", 3), ("rmsprop", 3), ("adam", 4)):
         args, _ = train.parse_args(["--opt", opt])
-        expected = 64 * kept_by_textbook(net, 32) + 4 * tensors * memory.count(net) + 1000
-        assert step_bytes(net, args, 32, images=1000, batch_size=64, on_gpu=True) == expected
+        expected = 64 * kept_by_textbook(net, 32) + 4 * tensors * memory.count_parameters(net) + 1000
+        assert step_bytes(net, args, 32, data_bytes=1000, batch_size=64, on_gpu=True) == expected
     drop = DenseNet(12, 22, dropRate=0.2)
     args, _ = train.parse_args(["--precision", "bf16"])
     masks = kept_by_textbook(drop, 32, 2, 1) - kept_by_textbook(net, 32, 2, 1)
     assert masks > 0  # of a byte a value on a GPU, on a CPU as large as a value
-    of_both = [step_bytes(drop, args, 32, images=0, batch_size=1, on_gpu=on_gpu) for on_gpu in (True, False)]
+    of_both = [step_bytes(drop, args, 32, data_bytes=0, batch_size=1, on_gpu=on_gpu) for on_gpu in (True, False)]
     assert of_both[1] - of_both[0] == masks
 
 
@@ -84,7 +84,7 @@ def test_auto_takes_the_fastest_path_that_fits(flags, device, gigabytes, path, r
     args, _ = train.parse_args(flags.split())
     with torch.device("meta"):
         net = DenseNet()
-    choice = choose_path(args, net, 32, images=0, batch_size=args.batchSz, device=torch.device(device))
+    choice = choose_path(args, net, 32, data_bytes=0, batch_size=args.batchSz, device=torch.device(device))
     assert choice.efficient == path and reason in choice.reason
 
 
@@ -171,7 +171,7 @@ def test_a_resumed_run_keeps_its_path_also_where_another_would_be_taken(argv, tm
     argv += ["--precision", "bf16"]
     assert taken(monkeypatch, [*argv, "--nEpochs", "1"]) == {"textbook"}
     before = about(tmp_path / "run")
-    monkeypatch.setattr(memory, "SHARE", 1e-12)  # nothing fits any more
+    monkeypatch.setattr(memory, "USABLE_SHARE", 1e-12)  # nothing fits any more
     capsys.readouterr()
     assert taken(monkeypatch, [*argv, "--nEpochs", "2", "--resume"]) == {"textbook"}
     assert "textbook path (a step of the textbook layers fits" in capsys.readouterr().out

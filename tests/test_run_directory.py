@@ -450,7 +450,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_replaced(
 
 
 def test_a_test_loss_that_is_not_finite_stops_too(flags, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *_: [float("nan"), 90.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: (float("nan"), 90.0, None))
     assert train.main([*flags, "--save", str(tmp_path / "run")]) == 1
     assert "the test loss is nan after epoch 1; no epoch was finished yet" in one_line(capfd.readouterr().err)
     assert (tmp_path / "run/test.csv").read_text() == "epoch,loss,error\n"

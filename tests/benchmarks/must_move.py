@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 import densenet
-from lib.memory import count
+from lib.memory import count_parameters
 
 
 class Size(NamedTuple):
@@ -77,7 +77,7 @@ def values_to_move(size: Size) -> int:
 
 def bytes_to_move(size: Size, precision: str) -> int:
     with torch.device("meta"):
-        parameters = count(densenet.DenseNet(size.growthRate, blockConfig=size.layers,
-                                                        nClasses=classes(size), smallInputs=size.smallInputs))
+        net = densenet.DenseNet(size.growthRate, blockConfig=size.layers, nClasses=classes(size),
+                                smallInputs=size.smallInputs)
     images = size.batchSz * 3 * size.imageSize**2
-    return (2 if precision == "bf16" else 4) * values_to_move(size) + 4 * 2 * images + 4 * 8 * parameters
+    return (2 if precision == "bf16" else 4) * values_to_move(size) + 4 * 2 * images + 4 * 8 * count_parameters(net)

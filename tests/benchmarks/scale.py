@@ -21,7 +21,7 @@ import train
 from densenet import DenseNet
 from lib import distributed
 from lib.device import set_up_device
-from lib.memory import count
+from lib.memory import count_parameters
 
 
 def timed(function, device: torch.device, repetitions: int) -> float:
@@ -65,7 +65,7 @@ def main() -> int:
 
     alone = timed(step_of(lambda net: net), device, args.steps)  # of this share, while the others do the same
     together = timed(step_of(lambda net: distributed.average_gradients(net, world)), device, args.steps)
-    gradients = torch.randn(count(net), device=device)
+    gradients = torch.randn(count_parameters(net), device=device)
     reduce = timed(lambda: distributed.sum_over_ranks(gradients, world), device, 10 * args.steps)
     if world.rank == 0:
         print(f"{world.size} processes on {device.type} ({dist.get_backend() if world.size > 1 else 'alone'}), "

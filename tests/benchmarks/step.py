@@ -234,7 +234,7 @@ def measure(implementation: Implementation, size: Size, precision: str, device: 
         torch.cuda.reset_peak_memory_stats(device)
     net, step = make_step(implementation, size, precision, device)
     times(step, device, 1, args.warmup)
-    if graphed and not step.func.possible:
+    if graphed and not step.func.can_capture:
         raise RuntimeError("no CUDA graph could be captured")
     if on_gpu and (graphed or not implementation.graph):  # a replay of torch.compile's graphs allocates nothing
         torch.cuda.reset_peak_memory_stats(device)
