@@ -3,7 +3,7 @@
     from densenet import DenseNet, densenet121
     logProbabilities = DenseNet(growthRate=12, depth=100, reduction=0.5, nClasses=10)(images)
 
-The textbook network comes first, then ImageNet's networks by name and how weights are loaded. Below them stands the
+The textbook network comes first, then ImageNet's networks by name and the loading of weights. At the end is the
 efficient dense block: the same function, trained in less memory and less time; ``efficient=False`` switches it off.
 """
 
@@ -64,9 +64,9 @@ class SingleLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """Layers that each read what all layers before them have made.
+    """Layers, each of which reads the block's input and the outputs of all layers before it.
 
-    ``last_path`` is the way the last forward pass took: "textbook", "efficient" or "max" (None: not run yet).
+    ``last_path``: how the last forward pass was computed, "textbook", "efficient" or "max"; None before the first.
     """
 
     last_path: str | None = None
@@ -92,33 +92,33 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 
 class DenseNet(nn.Module):
-    """DenseNet: for small images (paper, section 4.2) as in its table 2, or for ImageNet (table 1).
+    """DenseNet for small images (paper, section 4.2 and table 2) or for ImageNet (table 1).
 
     Input is (N, inChannels, H, W). Returns the log-probabilities (N, nClasses); ``net.fc(net.features(x))`` are the
     logits.
 
     Args:
         growthRate: k, the channels that each layer adds.
-        depth: L, the layers with weights, in three equal blocks: 6n + 4 with bottleneck, 3n + 4 without; None is 100,
-            or what ``blockConfig`` makes.
+        depth: L, the number of layers with weights, for three equal blocks: 6n + 4 with bottleneck, 3n + 4 without.
+            None is 100, or leaves the depth to ``blockConfig``.
         reduction: theta, the share of channels that a transition keeps, in (0, 1].
         nClasses: number of classes.
         bottleneck: True is the paper's B (1x1 convolution to 4k before each 3x3), False the original layer.
         blockConfig: layers of each block, instead of ``depth``: (6, 12, 24, 16) is DenseNet-121.
-        smallInputs: True: a 3x3 convolution comes first, H and W are at least 4. False: ImageNet's 7x7 convolution
+        smallInputs: True: a 3x3 convolution comes first; H and W are at least 4. False: ImageNet's 7x7 convolution
             with stride 2, batch norm ``bn0`` and 3x3 max pooling with stride 2, for images of 224x224.
         dropRate: dropout after every convolution but the first, in [0, 1); the paper uses 0.2 without augmentation.
-        initChannels: channels of the first convolution; None is 2k. The paper's parameter counts of the networks
-            without bottleneck (1.0, 7.0 and 27.2 M) are those of 16.
+        initChannels: channels of the first convolution; None is 2k. The paper's networks without bottleneck (1.0, 7.0
+            and 27.2 M parameters) have 16.
         inChannels: channels of the images.
         bnSize: the bottleneck's width as a multiple of k; the paper's is 4.
-        efficient: the dense block's path in training. True: the exact function with memory linear in depth.
-            "max": less memory again, for one 1x1 product more a layer. False: the textbook layers above.
-            Evaluation, hooks, ``torch.compile``, export and the like take the textbook layers by themselves.
+        efficient: how dense blocks are computed in training. True: the exact function, in memory linear in depth.
+            "max": in less memory again, at the cost of one more 1x1 convolution per layer. False: by the textbook
+            layers above, which also run in evaluation and with hooks, ``torch.compile``, export and the like.
 
     Convolutions start at N(0, sqrt(2 / (kernel area * output channels))): a ReLU halves the signal's power, so this
-    keeps the variance of the *gradients* constant through depth (He et al. 2015, equation 14); batch norm sees to the
-    forward direction. Batch norms start at 1 and 0, the classifier's bias at 0.
+    keeps the variance of the *gradients* constant through depth (He et al. 2015, equation 14); batch norm does so for
+    the activations. Batch norms start at 1 and 0, the classifier's bias at 0.
 
     Raises:
         ValueError: for impossible geometry, with the nearest valid values.
@@ -164,17 +164,17 @@ class DenseNet(nn.Module):
         self.fc = nn.Linear(nChannels, nClasses)
 
         for m in self.modules():
-            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # there, normal_ first imports for seconds
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # on meta, normal_ imports for seconds
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.fc(self.features(x))
-        is_symbolic = isinstance(logits, torch.fx.Proxy)  # which has no dtype
+        is_symbolic = isinstance(logits, torch.fx.Proxy)  # a proxy has no dtype
         return F.log_softmax(logits, 1, dtype=None if is_symbolic else torch.promote_types(logits.dtype, torch.float32))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled features (N, C) that the classifier reads. The shapes are those of BC 100-12 on CIFAR."""
+        """-> the pooled features (N, C) that the classifier reads; shapes in comments: BC 100-12 on CIFAR"""
         self._check_input(x)
         x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
         if not self.arguments["smallInputs"]:
@@ -192,13 +192,13 @@ class DenseNet(nn.Module):
         path = self._efficient_path(block, after, x)
         if not path:
             return trans(block(x))
-        # pool(conv(a)) = conv(pool(a)) for a 1x1 convolution: pooled first, it costs a quarter; dropout stands between
+        # without dropout between them, pool(conv(a)) = conv(pool(a)) for a 1x1 conv, which then costs a quarter
         size = (1, 1) if trans.dropRate > 0 else (2, 2)
         x = trans.conv1(efficient_block(block, trans.bn1, x, size, path == "max"))
         return F.avg_pool2d(dropout(x, trans.dropRate, True), 2) if trans.dropRate > 0 else x
 
     def _efficient_path(self, block: nn.Module, after: list[nn.Module], x: torch.Tensor) -> str | None:
-        """"efficient" or "max", or None for the textbook layers; noted in ``block.last_path``."""
+        """-> "efficient" or "max", or None for the textbook layers; sets ``block.last_path``"""
         if torch.compiler.is_compiling():
             return None
         path = {True: "efficient", "max": "max", False: None}[self.efficient]
@@ -211,21 +211,22 @@ class DenseNet(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         stem = self.conv1
         if type(stem) is not nn.Conv2d or isinstance(x, torch.fx.Proxy):
-            return  # what another stem takes, it knows itself; a symbolic trace has no shapes
+            return  # a replaced stem checks its own input; a symbolic trace has no shapes
         if x.dim() != 4 or x.shape[1] != stem.in_channels:
             raise ValueError(f"input has shape {tuple(x.shape)}; valid is (N, {stem.in_channels}, H, W)")
-        least = 2 ** sum(type(module) is Transition for module in self.children())  # a pixel is left after the last
-        pooled = least if self.arguments["smallInputs"] else 2 * least - 1  # pooling and the stem's stride round up
-        least = stem.stride[0] * (pooled - 1) + 1
+        least = 2 ** sum(type(module) is Transition for module in self.children())  # leaves one pixel after the last
+        if not self.arguments["smallInputs"]:
+            least = 2 * least - 1  # max pooling rounds up
+        least = stem.stride[0] * (least - 1) + 1  # so does the stem
         if x.shape[2] < least or x.shape[3] < least:
-            raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small to be halved that often; valid is "
-                             f"{least}x{least} or more")
+            raise ValueError(f"input is {x.shape[2]}x{x.shape[3]}, too small for the network's transitions, "
+                             f"which halve it; valid is {least}x{least} or more")
 
     def load_torchvision(self, state_dict: Mapping[str, torch.Tensor], classifier: bool = True) -> None:
-        """Takes the weights and running statistics of torchvision's network of the same shape, of any version.
+        """Loads weights and running statistics of torchvision's network of the same shape, of any version, in place.
 
-        They may stand under ``state_dict`` or ``model``, and their names behind a prefix that all share (``module.``).
-        ``classifier=False`` leaves ``fc`` as it is, for other classes, and theirs aside.
+        They may be under "state_dict" or "model", and all names may share a prefix ("module."). ``classifier=False``
+        keeps this network's ``fc``, for example for other classes, and ignores the other network's.
 
         Raises:
             ValueError: naming the first entry that is missing, unknown or of another shape; nothing is changed then.
@@ -237,9 +238,11 @@ class DenseNet(nn.Module):
             raise ValueError(f"the state dict is a {type(state_dict).__name__}; valid is a dict of names and tensors")
         shared = os.path.commonprefix([*map(str, state_dict)])  # noqa: RUF071 (these are no paths)
         start = shared.partition("features.")[0].rfind(".") + 1
-        theirs = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key)[start:]): value
-                  for key, value in state_dict.items()}
-        theirs = {k: v for k, v in theirs.items() if classifier or not k.startswith(("classifier.", "fc."))}
+        theirs = {}
+        for key, value in state_dict.items():
+            key = re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", str(key)[start:])  # older files: norm.1 for norm1
+            if classifier or not key.startswith(("classifier.", "fc.")):
+                theirs[key] = value
         taken = {}
         for name, value in self.state_dict().items():
             if name.startswith("fc.") and not classifier:
@@ -253,17 +256,17 @@ class DenseNet(nn.Module):
             if found.shape != value.shape:
                 raise ValueError(f"{key} has shape {tuple(found.shape)}; valid for {name} is {tuple(value.shape)}")
         if theirs:
-            raise ValueError(f"the state dict has {next(iter(theirs))}, which this network has not")
+            raise ValueError(f"the state dict has {next(iter(theirs))}, which this network does not have")
         self.load_state_dict(taken, strict=False)
 
     def torchvision_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict under torchvision's names, which its network of the same shape loads."""
+        """-> the state dict under torchvision's names, for its network of the same shape"""
         return {torchvision_name(name): value for name, value in self.state_dict().items()}
 
 
 def torchvision_name(name: str) -> str:
-    """torchvision's name for a module, parameter or buffer of ours: dense1.0.bn1 is
-    features.denseblock1.denselayer1.norm1. What is not ours keeps its name."""
+    """-> torchvision's name of a module, parameter or buffer here: dense1.0.bn1 is
+    features.denseblock1.denselayer1.norm1. Names that DenseNet does not have stay as they are."""
     name = name.replace("_orig_mod.", "")  # torch.compile's
     if match := re.fullmatch(r"dense(\d+)\.(\d+)(.*)", name):
         return f"features.denseblock{match[1]}.denselayer{int(match[2]) + 1}{match[3].replace('bn', 'norm')}"
@@ -275,8 +278,8 @@ def torchvision_name(name: str) -> str:
 
 
 def checked_arguments(**arguments) -> dict[str, Any]:
-    """DenseNet's arguments in plain numbers. Raises ValueError, naming the first impossible one and the valid ones."""
-    a = {name: plain(value) for name, value in arguments.items()}
+    """-> DenseNet's arguments as Python's numbers. Raises ValueError, naming an impossible value and the valid ones."""
+    a = {name: as_python_number(value) for name, value in arguments.items()}
     counts = ("growthRate", "depth", "nClasses", "initChannels", "inChannels", "bnSize")
     for names, kind, is_valid in (
             (counts, "whole numbers from 1", lambda value: type(value) is int and value > 0),
@@ -286,7 +289,7 @@ def checked_arguments(**arguments) -> dict[str, Any]:
             if not is_valid(a[name]) and not (a[name] is None and name in ("depth", "initChannels")):
                 raise ValueError(f"{name} is {reprlib.repr(a[name])}; valid are {kind}")
     if isinstance(a["blockConfig"], Iterable):
-        a["blockConfig"] = [*map(plain, a["blockConfig"])]
+        a["blockConfig"] = [*map(as_python_number, a["blockConfig"])]
     depth, blockConfig, bottleneck = a["depth"], a["blockConfig"], a["bottleneck"]
     if depth is not None and blockConfig is not None:
         raise ValueError(f"depth is {depth} and blockConfig {blockConfig}; valid is one of them")
@@ -306,16 +309,16 @@ def checked_arguments(**arguments) -> dict[str, Any]:
     return a
 
 
-def plain(value: Any) -> Any:
-    """A number of any library's as Python's own int, float or bool; anything else as it is."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy's and torch's scalars
+def as_python_number(value: Any) -> Any:
+    """-> a number of any library as Python's int, float or bool; any other value unchanged"""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's and torch's scalars
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def imagenet(growthRate: int, blockConfig: Sequence[int], nClasses: int = 1000, **arguments) -> DenseNet:
-    """DenseNet-BC for ImageNet (paper, table 1; densenet161: official models); ``arguments``: DenseNet's others."""
+    """DenseNet-BC for ImageNet (paper, table 1; densenet161: official models); ``arguments``: see DenseNet."""
     return DenseNet(growthRate, nClasses=nClasses, blockConfig=blockConfig, smallInputs=False, **arguments)
 
 
@@ -326,10 +329,10 @@ densenet161 = partial(imagenet, 48, (6, 12, 36, 24))  # 28,681,000
 
 
 def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu") -> DenseNet:
-    """The trained network of a checkpoint that train.py wrote, in evaluation mode.
+    """-> the trained network of a checkpoint that train.py wrote, in evaluation mode
 
-    ``mean`` and ``std`` (inChannels, 1, 1) are what its input in [0, 1] was normalised by; ``classes`` names its
-    outputs.
+    It has the attributes ``mean`` and ``std`` (inChannels, 1, 1), which normalise images in [0, 1]: (images - mean) /
+    std; and ``classes``, the names of its outputs.
 
     Raises:
         ValueError: if the file is damaged or not such a checkpoint.
@@ -345,7 +348,7 @@ def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu")
         size = sum(tensor.nbytes for tensor in model.values())
         if layers > len(model) or size > stored:
             raise ValueError(f"it declares {layers} layers in {size} bytes, but has {len(model)} tensors in {stored}")
-        with torch.device("meta"):  # whatever is declared takes no memory
+        with torch.device("meta"):  # takes no memory, whatever is declared
             net = DenseNet(**arguments)
         names = checkpoint["classes"]
         if len(names) != net.arguments["nClasses"] or any(type(name) is not str for name in names):
@@ -363,20 +366,20 @@ def load(file: str | os.PathLike | BinaryIO, device: str | torch.device = "cpu")
 
 
 class ForeignFile(ValueError):
-    """A sound file, but no checkpoint of train.py."""
+    """An undamaged file that is no checkpoint of train.py."""
 
 
 def read_checkpoint(file: str | os.PathLike | BinaryIO) -> dict:
-    """The dict that train.py saved, on the CPU, each byte checked against its checksum; never runs code of the file.
+    """-> the dict that train.py saved, on the CPU. Checks each byte by its checksum; never runs code of the file.
 
-    Raises: as ``load``; ForeignFile if it is sound but something else.
+    Raises: as ``load``; ForeignFile if the file is undamaged but something else.
     """
     try:
         with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as opened:
-            with zipfile.ZipFile(opened) as archive:  # torch.load does not look at the checksums
+            with zipfile.ZipFile(opened) as archive:  # torch.load ignores the checksums
                 parts = archive.infolist()
                 if any(part.compress_type != zipfile.ZIP_STORED or part.external_attr & 16 for part in parts):
-                    raise ValueError("it has compressed parts or folders")  # torch.load takes a folder for zeros
+                    raise ValueError("it has compressed parts or folders")  # torch.load reads a folder as zeros
                 if sum(part.file_size for part in parts) > opened.seek(0, os.SEEK_END):
                     raise ValueError("its parts overlap")
                 if bad := archive.testzip():

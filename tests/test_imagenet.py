@@ -167,7 +167,7 @@ def test_networks_with_compiled_and_added_parts_exchange_weights():
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda s: s.pop("features.norm0.bias"), "no features.norm0.bias, which bn0.bias would take"),
-    (lambda s: s.update(more=torch.ones(1)), "has more, which this network has not"),
+    (lambda s: s.update(more=torch.ones(1)), "has more, which this network does not have"),
     (lambda s: s.update({"classifier.weight": torch.ones(3, 59)}), "classifier.weight has shape (3, 59); valid for fc"),
 ])
 def test_weights_of_another_network_are_refused_and_change_nothing(change, message):
