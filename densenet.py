@@ -405,12 +405,12 @@ def read_checkpoint(file: str | os.PathLike | BinaryIO) -> dict:
 # The efficient dense block
 # ----------------------------------------------------------------------------------------------------------------
 
-TILE = 16384  # pixels of a tile on a CPU: smaller ones stay nearer to the cores, but then each call's own cost shows
+TILE = 16384  # pixels of a tile on a CPU: smaller ones fit nearer caches, larger ones need fewer calls
 
 
 def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],
                     recompute: bool) -> torch.Tensor:
-    """``avg_pool2d(relu(norm(block(x))), pool)``, and every batch norm's running statistics brought up to date."""
+    """-> ``avg_pool2d(relu(norm(block(x))), pool)``; updates the running statistics of every batch norm"""
     bottleneck = isinstance(block[0], Bottleneck)
     parameters = []
     for layer in block:
@@ -418,7 +418,7 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
         if bottleneck:
             parameters += layer.bn2.weight, layer.bn2.bias, layer.conv2.weight
     spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, recompute, activation_dtype(x, norm.weight))
-    with torch.autocast(x.device.type, enabled=False):  # what is cast, and where, the block decides itself
+    with torch.autocast(x.device.type, enabled=False):  # the block casts by itself
         out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
     outer = [*(layer.bn1 for layer in block), norm]
     update_running_statistics(outer, [mean] * len(outer), [var] * len(outer))
@@ -430,7 +430,7 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
 @torch.no_grad()
 def update_running_statistics(norms: list[nn.BatchNorm2d], means: Sequence[torch.Tensor],
                               variances: Sequence[torch.Tensor]) -> None:
-    """Lists in one operation: on a GPU three launches instead of three a norm."""
+    """Updates all norms together: on a GPU three launches instead of three per norm."""
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     for name, new in (("running_mean", means), ("running_var", variances)):
         running = [getattr(norm, name) for norm in norms]
@@ -443,8 +443,8 @@ class BlockSpec(NamedTuple):
     eps: float
     dropRate: float
     pool: tuple[int, int]
-    recompute: bool  # the bottleneck's 1x1 product is made again in the backward pass rather than kept
-    dtype: torch.dtype  # of activations; statistics, parameters and their gradients stay in the parameters' own
+    recompute: bool  # the backward pass repeats the bottleneck's 1x1 convolution: its output is not kept
+    dtype: torch.dtype  # of activations; statistics and gradients of parameters have the parameters' dtype
 
 
 class EfficientBlock(torch.autograd.Function):
@@ -453,45 +453,46 @@ class EfficientBlock(torch.autograd.Function):
     Channel c of the block has one batch mean and variance, however many layers normalise it. Hence
 
         xhat_c = (x_c - mean_c) rstd_c              once per channel, when the channel is made
-        a_l    = relu(gamma_l xhat[:C_l] + beta_l)  element by element; made again when needed, never kept
+        a_l    = relu(gamma_l xhat[:C_l] + beta_l)  element by element; recomputed when needed, never kept
         h_l    = W_l a_l                            the layer's first convolution
 
-    and backward, where G, the gradient of xhat, collects what every layer that reads xhat sends back:
+    and backward, where G is the gradient of xhat, the sum over all layers that read xhat:
 
-        da_l     = W_l^T dh_l, zero where a_l is
+        da_l     = W_l^T dh_l, zero where a_l is zero
         dbeta_l  = sum(da_l),  dgamma_l = sum(da_l xhat)
         G[:C_l] += gamma_l da_l
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
-    The two means take no pass over G: they are the sums over the layers of gamma_l dbeta_l and gamma_l dgamma_l.
-    A bottleneck's second batch norm follows the same lines with a single reader. Kept for the backward pass: xhat,
-    each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
+    The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over l of gamma_l dbeta_l and of
+    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass:
+    xhat, each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
 
-    Sharing xhat, with a scale and shift a layer, was done before by Schlüter (Lasagne/Recipes, densenet_fast.py,
-    2016), splitting and fusing batch norm on a CPU by Jung et al. (arXiv 1807.01702). New are the exact backward pass
-    with memory linear in depth and no convolution made again, and running statistics that stay right.
+    Schlüter shared xhat before, with a scale and shift per layer (Lasagne/Recipes, densenet_fast.py, 2016); Jung et
+    al. split and fused batch norm on a CPU (arXiv 1807.01702). New are the exact backward pass in memory linear in
+    depth without recomputed convolutions, and correct running statistics.
 
-    Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. A layer is
-    worked through in tiles of images, so that what is made in between stays in a CPU's cache.
+    Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. Each layer is
+    computed in tiles of a few images, so that intermediate results stay in a CPU's cache.
     """
 
     @staticmethod
     def forward(ctx, x, spec, *parameters):
         """-> pooled activations (N, C, H', W'); then, without gradient, mean and unbiased variance of the block's
-        channels and of each bottleneck's."""
+        channels, and for each bottleneck those of its inner channels"""
         *layers, (gamma, beta) = split_layers(parameters, spec)
         c, k = x.shape[1], layers[0][-1].shape[0]
         xhat = torch.empty((len(x), c + k * len(layers), *x.shape[2:]), dtype=spec.dtype, device=x.device,
                            memory_format=torch.channels_last)
-        statistics = [normalise(tiles(x), spec.eps, out=tiles(xhat[:, :c]))]  # mean, variance and rstd of what is new
-        kept, inner = [], []  # kept is a stack: backward takes from its end
+        statistics = [normalise(tiles(x), spec.eps, out=tiles(xhat[:, :c]))]  # mean, variance, rstd of new channels
+        kept, inner = [], []  # kept is a stack: the backward pass pops from its end
         for layer in layers:
             h = drop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, kept)
             if spec.bottleneck:
-                h = [*h]
+                h = [*h]  # xhat is written over it
                 mean2, var2, rstd2 = normalise(h, spec.eps, out=h)
                 inner += mean2, var2
-                kept += *((mean2,) if spec.recompute else h), rstd2
+                kept += [mean2] if spec.recompute else h
+                kept.append(rstd2)
                 h = drop(affine_relu_conv(h, *layer[3:]), spec.dropRate, kept)
             statistics.append(normalise(h, spec.eps, out=tiles(xhat[:, c:c + k])))
             c += k
@@ -518,9 +519,9 @@ class EfficientBlock(torch.autograd.Function):
         *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
         m, k, n = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0], len(tiles(xhat))
-        nMasks = n if spec.dropRate > 0 else 0  # that each dropout has put onto the stack
+        nMasks = n if spec.dropRate > 0 else 0  # that each dropout has added to the stack
 
-        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums: of G and of G xhat, over N, H and W
+        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums (2, C): of G and of G xhat over N, H and W
         dout = dout.split(len(tiles(xhat)[0]))
         sums, grads = affine_relu_backward(partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta, tiles(G),
                                            is_first=True)
@@ -528,37 +529,37 @@ class EfficientBlock(torch.autograd.Function):
             c = len(layer[0])
             new = slice(c, c + k)
             dh = normalise_backward(tiles(G[:, new]), tiles(xhat[:, new]), rstd[new], sums[:, new], m)
-            dh = undrop(dh, spec.dropRate, take(kept, nMasks))
+            dh = undrop(dh, spec.dropRate, pop_last(kept, nMasks))
             if spec.bottleneck:
                 rstd2 = kept.pop()
                 if spec.recompute:
-                    mean2, masks = kept.pop(), kept[len(kept) - nMasks:]  # these stay for dh
+                    mean2, masks = kept.pop(), kept[len(kept) - nMasks:]  # not popped: dh needs them, too
                     h = undrop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, masks)
                     h = [standardise(tile, mean2, rstd2).to(spec.dtype) for tile in h]
                 else:
-                    h = take(kept, n)
+                    h = pop_last(kept, n)
                 G2 = [torch.empty_like(tile, dtype=gamma.dtype) for tile in h]
-                sums2, more = affine_relu_backward(partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2,
-                                                   is_first=True)
-                grads = more + grads
+                sums2, layer_grads = affine_relu_backward(
+                    partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2, is_first=True)
+                grads = layer_grads + grads
                 dh = normalise_backward(G2, h, rstd2, sums2, m)
-                dh = undrop(dh, spec.dropRate, take(kept, nMasks))
-            own, more = affine_relu_backward(partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2],
-                                             tiles(G[:, :c]), is_first=False)
-            sums[:, :c] += own
-            grads = more + grads
+                dh = undrop(dh, spec.dropRate, pop_last(kept, nMasks))
+            layer_sums, layer_grads = affine_relu_backward(
+                partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2], tiles(G[:, :c]), is_first=False)
+            sums[:, :c] += layer_sums
+            grads = layer_grads + grads
         dx = joined([*normalise_backward(tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
         return dx, None, *grads
 
 
 def split_layers(parameters, spec):
-    """-> for each layer (gamma, beta, weight), twice with bottleneck; then the last norm's (gamma, beta)"""
+    """-> (gamma, beta, weight) of each layer, with bottleneck twice; at the end (gamma, beta) of the last norm"""
     size = 6 if spec.bottleneck else 3
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
 
 
 def tiles(x):
-    """A tensor's images, a tile at a time; all at once where a cache cannot hold a tile anyway."""
+    """-> the tensor in tiles of whole images; on a GPU, which gains nothing by tiles, in one"""
     n, _, height, width = x.shape
     return x.split(max(1, TILE // (height * width)) if x.device.type == "cpu" else n)
 
@@ -567,34 +568,29 @@ def joined(parts):
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def total(parts):
-    """Their sum; of one, itself."""
-    return reduce(torch.add, parts)
-
-
-def take(stack, n):
-    """The n tensors on top, in the order in which they came."""
-    taken = stack[len(stack) - n:]
+def pop_last(stack, n):
+    """Removes the last n tensors. -> these, in the order in which they were added"""
+    popped = stack[len(stack) - n:]
     del stack[len(stack) - n:]
-    return taken
+    return popped
 
 
 def column(v):
-    """A value a channel, to be broadcast over (N, C, H, W)."""
+    """(C,) -> (C, 1, 1), which broadcasts over (N, C, H, W)"""
     return v.view(-1, 1, 1)
 
 
-# These take and give a tensor's tiles: where one by one, the next step finds them in the cache.
+# These take a tensor's tiles. Those that yield tiles pass each one on while it is in the cache.
 
 def normalise(x, eps, out):
-    """Writes xhat to ``out``. -> mean, unbiased variance, 1 / sqrt(biased variance + eps)"""
+    """Writes xhat to ``out``. -> mean, unbiased variance, rstd = 1 / sqrt(biased variance + eps); each (C,)"""
     parts, sums = [], []
-    for tile in x:
+    for tile in x:  # a generator's tiles come once, so they are collected
         parts.append(tile)
         sums.append(tile.sum((0, 2, 3), dtype=torch.promote_types(tile.dtype, torch.float32)))
     m = sum(tile.numel() // tile.shape[1] for tile in parts)
-    mean = total(sums) / m
-    squares = total((tile - column(mean)).square_().sum((0, 2, 3)) for tile in parts)
+    mean = reduce(torch.add, sums) / m
+    squares = reduce(torch.add, ((tile - column(mean)).square_().sum((0, 2, 3)) for tile in parts))
     rstd = (squares / m + eps).rsqrt()
     for tile, hat in zip(parts, out, strict=True):
         standardise(tile, mean, rstd, out=hat)
@@ -606,7 +602,7 @@ def standardise(x, mean, rstd, out=None):
 
 
 def normalise_backward(G, xhat, rstd, sums, m):
-    """Yields dx, as in the identity's last line; the sums are over m values."""
+    """Yields dx by EfficientBlock's last formula; ``sums``: of G and of G xhat, over m values per channel."""
     shift, slope = sums * (rstd / -m)
     for g, hat in zip(G, xhat, strict=True):
         yield torch.addcmul(column(shift), g, column(rstd)).addcmul_(hat, column(slope))
@@ -616,22 +612,25 @@ def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def affine_relu_backward(pull, dout, xhat, gamma, beta, G, is_first):
-    """The gradients of a = relu(gamma xhat + beta), and of what reads a: its ``pull(dout, a)`` gives da, and dweight if
-    it has one.
+def affine_relu_backward(vjp, dout, xhat, gamma, beta, G, is_first):
+    """Backward of a = relu(gamma xhat + beta) and of the function that reads a: ``vjp(dout, a)``, its vector-Jacobian
+    product, returns da, and dweight if it has a weight. Adds gamma da to G, or writes it there if ``is_first``.
 
-    Adds gamma da to G, or begins G with it. -> the sums of gamma da and of gamma da xhat; [dgamma, dbeta, dweight]
+    -> sums (2, C) of gamma da and of gamma da xhat, over N, H and W; [dgamma, dbeta, dweight]
     """
     parts = []
     for d, hat, g in zip(dout, xhat, G, strict=True):
         a = affine_relu(hat, gamma, beta)
-        da, *dweight = pull(d, a)
+        da, *dweight = vjp(d, a)
         da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
         dbeta = da.sum((0, 2, 3))
-        torch.mul(da, column(gamma), out=g) if is_first else g.addcmul_(da, column(gamma))
+        if is_first:
+            torch.mul(da, column(gamma), out=g)
+        else:
+            g.addcmul_(da, column(gamma))
         dgamma = da.mul_(hat).sum((0, 2, 3))
         parts.append((torch.stack((dbeta, dgamma)), *dweight))
-    both, *dweight = map(total, zip(*parts, strict=True))
+    both, *dweight = (reduce(torch.add, values) for values in zip(*parts, strict=True))  # both: dbeta, dgamma
     return gamma * both, [both[1], both[0], *dweight]
 
 
@@ -654,7 +653,7 @@ def pool_backward(size, dout, a):
 
 
 def drop(h, p, kept):
-    """Dropout; the masks, if there are any, go onto the stack."""
+    """Yields h after dropout; adds the masks, one per tile, to the stack ``kept``."""
     for tile in h:
         if p > 0:
             kept.append(F.dropout(torch.ones_like(tile), p).bool())
@@ -663,16 +662,16 @@ def drop(h, p, kept):
 
 
 def undrop(dh, p, masks):
-    """Dropout's gradient."""
+    """-> the gradient of dropout's input, tile by tile"""
     return (tile * mask / (1 - p) for tile, mask in zip(dh, masks, strict=True)) if masks else dh
 
 
-# --- where the efficient block is right: an allow-list -----------------------------------------------------------
+# --- where the efficient block is exact: an allow-list -----------------------------------------------------------
 
 def can_be_efficient(block: DenseBlock, after: list[nn.Module], x: torch.Tensor) -> bool:
-    """Whether a block, with what follows it (``after``: a norm; with a transition also that and its convolution; empty
-    if it is not ours), is exactly what the efficient block computes: the paper's modules, untouched, in training mode,
-    on a plain tensor, seen by nobody else."""
+    """Whether the efficient block computes exactly what ``block`` and the modules ``after`` it do: they are the paper's
+    modules, unmodified, in training mode, on a plain tensor, and nothing traces or hooks them. ``after`` is [norm], or
+    [transition.bn1, transition, transition.conv1], or [] for a transition of another type."""
     if (type(block) is not DenseBlock or not len(block) or not after or type(x) is not torch.Tensor
             or x.device.type not in ("cpu", "cuda") or x.numel() <= x.shape[1] or nn_module._has_any_global_hook()
             # torch.func, forward-mode differentiation and torch.jit.trace see only torch's own operations
@@ -688,8 +687,8 @@ def can_be_efficient(block: DenseBlock, after: list[nn.Module], x: torch.Tensor)
         modules += layer, *layer.children()
         norms += [layer.bn1, layer.bn2] if kind is Bottleneck else [layer.bn1]
         convs += [(layer.conv1, 1), (layer.conv2, 3)] if kind is Bottleneck else [(layer.conv1, 3)]
-    return (all(untouched(module) for module in modules)
-            and all(plain_norm(n, norm) for n in norms) and all(plain_conv(conv, size) for conv, size in convs)
+    return (all(is_unmodified(module) for module in modules)
+            and all(is_plain_norm(n, norm) for n in norms) and all(is_plain_conv(conv, size) for conv, size in convs)
             and len({layer.dropRate for layer in layers}) == 1
             and all(p.device == x.device and p.dtype == norm.weight.dtype for n in norms for p in n.parameters())
             and all(c.weight.device == x.device and c.weight.dtype == norm.weight.dtype for c, _ in convs)
@@ -703,19 +702,19 @@ def activation_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
     return parameter.dtype
 
 
-def untouched(module: nn.Module) -> bool:
+def is_unmodified(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (module.training and not any(hooks) and "forward" not in vars(module)
             and module._compiled_call_impl is None)
 
 
-def plain_norm(norm: nn.Module, like: nn.BatchNorm2d) -> bool:
+def is_plain_norm(norm: nn.Module, like: nn.BatchNorm2d) -> bool:
     return (type(norm) is nn.BatchNorm2d and type(norm.weight) is nn.Parameter and type(norm.bias) is nn.Parameter
             and norm.track_running_stats and norm.running_mean is not None and norm.eps == like.eps
             and norm.momentum is not None and norm.momentum == like.momentum)
 
 
-def plain_conv(conv: nn.Module, size: int) -> bool:
+def is_plain_conv(conv: nn.Module, size: int) -> bool:
     return (type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and conv.bias is None
             and conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2)
             and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros")

@@ -104,11 +104,11 @@ def broken_block(fault: str, layer: nn.Module):
             return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
                                           for p in parameters))
 
-    def misordered_backward(pull, dout, xhat, gamma, beta, G, is_first):
+    def misordered_backward(vjp, dout, xhat, gamma, beta, G, is_first):
         if gamma.data_ptr() != layer.bn1.weight.data_ptr():
-            return backward(pull, dout, xhat, gamma, beta, G, is_first)
+            return backward(vjp, dout, xhat, gamma, beta, G, is_first)
         own = [torch.empty_like(g) for g in G]
-        sums, grads = backward(pull, dout, xhat, gamma, beta, own, is_first=True)
+        sums, grads = backward(vjp, dout, xhat, gamma, beta, own, is_first=True)
         torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # G already holds the gradient from later layers
         return sums.roll(1, 1), grads
 
