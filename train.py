@@ -140,7 +140,7 @@ def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace,
 def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[str, Any]:
     """Trains until the last epoch. -> the state after it"""
     args, train, val, test, net, step, optimizer, state = training  # state is updated in place
-    name = "val" if val else "test"
+    name = "val" if val else "test"  # the images that judge each epoch
     for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
         start = time.perf_counter()
         rate = learning_rate(args.opt, args.lr, epoch, state["scheduleEpochs"])
@@ -159,7 +159,7 @@ def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[st
         if world.rank == 0:
             check_evaluation(name, loss, epoch)
             run.add(f"{name}.csv", [(epoch, loss, error)])
-            run.save(state | weights(net, optimizer), is_best=is_best and val is not None)
+            run.save(state | state_dicts(net, optimizer), is_best=is_best and val is not None)
             say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {train_loss:.4f} error {train_error:.2f}%  "
                 f"{name} loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
             plotter.start()
@@ -179,7 +179,7 @@ def test_best_weights(training: Training, run: Run, world: World) -> None:
     state["test"] = {"loss": loss, "error": error}
     if world.rank == 0:
         run.add("test.csv", [(epoch, loss, error)])
-        run.save(state | weights(net, optimizer))
+        run.save(state | state_dicts(net, optimizer))
 
 
 def evaluation_size(batches: Batches, training_size: int) -> int:
@@ -190,7 +190,7 @@ def evaluation_size(batches: Batches, training_size: int) -> int:
 
 
 def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
-    """-> the rate of epoch 1 ... nEpochs: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, section 4.2)"""
+    """-> the rate in epoch 1 to nEpochs; sgd: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, 4.2)"""
     if opt != "sgd":
         return lr
     if 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
@@ -221,7 +221,7 @@ def advice(epoch: int) -> str:
     return f"{kept}; start again with a lower --lr (and --overwrite or another --save)"
 
 
-def weights(net: densenet.DenseNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def state_dicts(net: densenet.DenseNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
 
 
@@ -335,7 +335,7 @@ def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: W
     if not is_finished(saved, args.nEpochs):
         training = prepare(args, saved, device, world)
         if world.rank == 0:
-            run.begin(training.state | weights(training.net, training.optimizer), saved)
+            run.begin(training.state | state_dicts(training.net, training.optimizer), saved)
             announce(args, training.state, saved, device, world)
         setproctitle.setproctitle(f"train.py {args.save}")
         result = fit(training, run, plotter, world)

@@ -62,7 +62,7 @@ def agree_on_prefix(store: dist.Store, world: World) -> str:
         store.set(f"{prefix} {world.rank}", "seen")
         return prefix
     for rank in range(1, world.size):
-        while not store.check([f"{token} {rank}"]):  # until then its hello may be a stale one
+        while not store.check([f"{token} {rank}"]):  # its hello may be stale at first: read it again
             store.set(f"answer {store.get(f'hello {rank}').decode()}", token)
             time.sleep(0.01)
     return token

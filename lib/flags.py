@@ -78,7 +78,7 @@ def get_args_parser(description: str = "") -> Parser:
                             "always float32. tf32: products of 10-bit mantissas, GPU only; bf16: bfloat16 "
                             "(default: %(default)s)")
     group.add_argument("--syncBN", action="store_true",
-                       help="batch statistics of all processes' images (default: of each process's own images)")
+                       help="batch norm over the images of all processes (default: over each process's own images)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--save", metavar="DIR", type=path, default=None,
@@ -92,7 +92,7 @@ def get_args_parser(description: str = "") -> Parser:
     group.add_argument("--device", metavar="D", default=None,
                        help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     group.add_argument("--deterministic", action="store_true",
-                       help="repeatable results on a GPU, where this is slower; on a CPU they always are")
+                       help="repeatable results on a GPU, at the cost of speed; on a CPU they always are")
     group.add_argument("--no-graph", action="store_true",
                        help="on a GPU, launch each operation by itself instead of a step as one CUDA graph")
     group.add_argument("--no-plot", action="store_true", help="do not run plot.py after each epoch")
@@ -138,8 +138,8 @@ def fill_in_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 # --- resuming ---------------------------------------------------------------------------------------------------
 
-NOT_SAVED = ("resume", "overwrite", "evaluate")  # they say what to do with a run, and are no part of it
-NOT_RESTORED = ("save", "no_plot", *NOT_SAVED)  # the command line holds, not the saved run
+NOT_SAVED = ("resume", "overwrite", "evaluate")  # what to do with a run, not part of it
+NOT_RESTORED = ("save", "no_plot", *NOT_SAVED)  # always from the command line, never from the saved run
 MAY_CHANGE = ("device", "no_cuda", "no_graph", "data", *NOT_RESTORED)  # when a run is resumed; nEpochs may grow
 
 

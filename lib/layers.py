@@ -67,7 +67,7 @@ def settle_kinks(module: nn.Module, x: torch.Tensor) -> float:
         x: the module's input, (N, C, H, W).
 
     Returns:
-        The smallest absolute value of all inputs of a ReLU.
+        The smallest absolute value among the inputs of all ReLUs.
     """
     distances = []
 

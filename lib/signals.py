@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class Stopped(KeyboardInterrupt):
-    """The process received the signal ``number``."""
+    """Raised when the process receives the signal ``number``."""
 
     def __init__(self, number: int):
         super().__init__(number)

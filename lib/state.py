@@ -15,7 +15,7 @@ from lib.network import make_net
 from lib.sets import Sets, set_sizes
 
 KEPT_ON_RESUME = ("scheduleEpochs", "environment", "path", "pathReason", "mean", "std", "epoch", "val", "test", "best",
-                  "csvLengths", "csvDigests")  # a resumed run has these from its checkpoint
+                  "csvLengths", "csvDigests")  # a resumed run takes these from its checkpoint
 
 
 def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, world: World) -> dict[str, Any]:
