@@ -1,9 +1,7 @@
-"""Reads the data sets that train.py knows into memory. Reads the data sets that train.py knows into memory:
-what batches.py, image_folder.py and image_set.py offer, too.
+"""Reads train.py's data sets into memory: ``train, test = data.load("cifar10", "data")``.
 
-    train, test = data.load("cifar10", "data")
-    batches = data.Batches(train, *data.mean_and_std(train.images), device)
-    for images, labels, size in batches.augmented(data.draw(batches.n, seed=1, epoch=1), batchSz=64): ...
+CIFAR and SVHN are read here, a folder of images in image_folder.py. The functions of image_set.py that work on what
+was read, such as select_classes and mean_and_std, can be called through this module, too.
 """
 
 import contextlib
@@ -19,28 +17,17 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import calculate_md5, download_url
 
-from lib.batches import BORDERS, Augmentation, Batches, Stream, batch_sizes, draw, dropout_seed, epoch_seed
 from lib.cli import first_line
 from lib.image_folder import load_folder
-from lib.image_set import (
-    DataError,
-    ImageSet,
-    digest,
-    hold_out,
-    mean_and_std,
-    select_classes,
-    shorten,
-    with_channels,
-)
+from lib.image_set import DataError, ImageSet, digest, hold_out, mean_and_std, select_classes, with_channels
 
-__all__ = ["BORDERS", "DATASETS", "Augmentation", "Batches", "DataError", "ImageSet", "Stream", "batch_sizes", "digest",
-           "draw", "dropout_seed", "epoch_seed", "hold_out", "load", "load_test", "mean_and_std", "select_classes",
-           "shorten", "with_channels"]
+__all__ = ["DATASETS", "DataError", "ImageSet", "digest", "hold_out", "load", "load_test", "mean_and_std",
+           "select_classes", "with_channels"]
 
 DATASETS = ("cifar10", "cifar100", "svhn", "folder")
-Parts = tuple[str, ...]  # of "train" and "test"
+Parts = tuple[str, ...]  # ("train", "test") or ("test",): the sets to read
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-SVHN_FULL_BYTES = {"train": 182_040_794, "test": 64_275_384, "extra": 1_329_278_602}  # of the published files
+SVHN_FULL_BYTES = {"train": 182_040_794, "test": 64_275_384, "extra": 1_329_278_602}  # published file sizes
 
 
 class Cifar(NamedTuple):
@@ -48,9 +35,9 @@ class Cifar(NamedTuple):
 
     title: str
     reader: type[CIFAR10]  # torchvision's class, which reads the python version
-    folder: str  # of the binary version
-    files: dict[str, tuple[int, str | None]]  # its files, their published bytes and MD5 sums; the test set is last
-    labels: dict[str, int]  # a record's label bytes, and how many values each can have; the class is last
+    folder: str  # name of the binary version's folder
+    files: dict[str, tuple[int, str | None]]  # of that folder: name -> published size and MD5 sum; test file last
+    labels: dict[str, int]  # label bytes at the start of a record -> number of valid values; the last is the class
 
 
 CIFAR = {
@@ -61,16 +48,18 @@ CIFAR = {
         "data_batch_4.bin": (30_730_000, "ae636b3ba5c66a11e91e8cb52e771fcb"),
         "data_batch_5.bin": (30_730_000, "53f37980c15c3d472c316c40844f3f0d"),
         "test_batch.bin": (30_730_000, "803d5f7f4d78ea53de84dbe85f74fb6d")}, {"label": 10}),
-    "cifar100": Cifar("CIFAR-100", CIFAR100, "cifar-100-binary", {  # an MD5 sum is published of its archive only
+    "cifar100": Cifar("CIFAR-100", CIFAR100, "cifar-100-binary", {  # MD5 sums are published for the archive only
         "train.bin": (153_700_000, None), "test.bin": (30_740_000, None)}, {"coarse label": 20, "fine label": 100}),
 }
 
 
 def load(dataset: str, root: str, *, extra: bool = False, imageSize: int = 32,
          download: bool = True) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of one of DATASETS in directory ``root``, the set's own folder or its parent.
+    """-> training images and test images
 
     Args:
+        dataset: one of DATASETS
+        root: the data set's own folder or its parent
         extra: add SVHN's 531,131 extra images to the training images
         imageSize: height and width in pixels that the images of a folder are resized to
         download: download CIFAR or SVHN into ``root`` if it is not there
@@ -83,9 +72,10 @@ def load(dataset: str, root: str, *, extra: bool = False, imageSize: int = 32,
 
 
 def load_test(dataset: str, root: str, *, imageSize: int = 32, download: bool = True) -> ImageSet:
-    """The test images alone, as ``load`` gives them; no training image is read, and none need be there.
+    """-> the test images only; the training images need not exist. Arguments and errors are those of ``load``.
 
-    A folder's classes are those of its test folder, and its images have one channel if all test images are grayscale.
+    With dataset "folder" the test folder alone gives the classes, and the images have one channel if all test images
+    are grayscale.
     """
     [test] = load_parts(dataset, root, ("test",), False, imageSize, download)
     return test
@@ -122,9 +112,9 @@ def load_cifar(kind: Cifar, root: Path, parts: Parts, may_download: bool) -> lis
 
 
 def read_cifar_python(kind: Cifar, folder: Path, parts: Parts) -> list[ImageSet]:
-    """The pickled version, which torchvision reads; only files with the published MD5 sums are unpickled."""
+    """Reads the pickled files with torchvision. Only files with the published MD5 sums are unpickled."""
     class Reader(kind.reader):
-        def _check_integrity(self) -> bool:  # torchvision's own reads the files of both parts
+        def _check_integrity(self) -> bool:  # torchvision's needs the files of both sets, check_md5 those of parts
             return True
 
     lists = {"train": Reader.train_list, "test": Reader.test_list}
@@ -138,29 +128,31 @@ def read_cifar_python(kind: Cifar, folder: Path, parts: Parts) -> list[ImageSet]
 
 
 def read_cifar_binary(kind: Cifar, folder: Path, parts: Parts) -> list[ImageSet]:
-    """Files of records: the label bytes, then the red, green and blue planes.
+    """Reads files of records: the label bytes, then the red, green and blue planes.
 
-    A smaller set of the same layout (fewer records, fewer batch files) is read as well.
+    A smaller data set of the same layout (fewer records, fewer batch files) is accepted, too.
     """
-    *batches, test = kind.files
+    *train_names, test_name = kind.files
     sizes = {name: (folder / name).stat().st_size for name in kind.files if (folder / name).exists()}
-    complete = any(size == kind.files[name][0] for name, size in sizes.items())
-    if not complete:  # a smaller set: the batch files up to the last that is there
-        last = max((i for i, name in enumerate(batches) if name in sizes), default=0)
-        batches = batches[:last + 1]
-    names = {"train": batches, "test": [test]}
+    is_full = any(size == kind.files[name][0] for name, size in sizes.items())
+    if not is_full:  # then there may be fewer batch files
+        last = max((i for i, name in enumerate(train_names) if name in sizes), default=0)
+        train_names = train_names[:last + 1]
+    names = {"train": train_names, "test": [test_name]}
     for name in [name for part in parts for name in names[part]]:
         if name not in sizes:
             raise DataError(f"{folder / name} is missing")
-        if complete and sizes[name] != kind.files[name][0]:
-            raise DataError(f"{folder / name} has {sizes[name]} bytes; valid are {kind.files[name][0]}: others of the "
-                            "set are complete")
+        if is_full and sizes[name] != kind.files[name][0]:
+            raise DataError(f"{folder / name} has {sizes[name]} bytes; valid are {kind.files[name][0]}, as other files "
+                            "of the set have their full size")
     classes = CIFAR10_CLASSES if kind.reader is CIFAR10 else read_names(folder / "fine_label_names.txt", 100)
-    return [ImageSet(*join([read_records(kind, folder / name) for name in names[part]]), classes) for part in parts]
+    return [join([read_records(kind, folder / name) for name in names[part]], classes) for part in parts]
 
 
-def join(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    return [torch.cat(tensors) for tensors in zip(*pieces, strict=True)]
+def join(pieces: list[tuple[torch.Tensor, torch.Tensor]], classes: list[str]) -> ImageSet:
+    """-> one set of the images and labels of several files"""
+    images, labels = zip(*pieces, strict=True)
+    return ImageSet(torch.cat(images), torch.cat(labels), classes)
 
 
 def read_records(kind: Cifar, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +176,7 @@ def read_records(kind: Cifar, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_names(path: Path, n: int) -> list[str]:
+    """-> the n class names, all different, in a text file"""
     check_regular(path)
     try:
         names = path.read_text().split()
@@ -197,7 +190,7 @@ def read_names(path: Path, n: int) -> list[str]:
 # --- SVHN -------------------------------------------------------------------------------------------------------
 
 class SVHNFile(SVHN):
-    """torchvision's reader without its MD5 check, which refuses smaller sets; read_svhn has a check of its own."""
+    """torchvision's reader without its MD5 check, which would refuse smaller data sets; read_svhn checks instead."""
 
     def _check_integrity(self) -> bool:
         return True
@@ -211,12 +204,11 @@ def load_svhn(root: Path, parts: Parts, extra: bool, may_download: bool) -> list
         raise DataError("--dataset svhn needs scipy: pip install 'densenet-pytorch[svhn]'") from error
     splits = {"train": ["train", "extra"] if extra else ["train"], "test": ["test"]}
     classes = [str(digit) for digit in range(10)]
-    return [ImageSet(*join([read_svhn(root, split, may_download) for split in splits[part]]), classes)
-            for part in parts]
+    return [join([read_svhn(root, split, may_download) for split in splits[part]], classes) for part in parts]
 
 
 def read_svhn(root: Path, split: str, may_download: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One file -> images uint8 (n, 3, 32, 32) and labels int64 (n,); a smaller one of the same layout is read, too."""
+    """-> images uint8 (n, 3, 32, 32) and labels int64 (n,) of one file, which may be smaller than the published one"""
     url, name, md5 = SVHN.split_list[split]
     path = root / name
     if not path.exists():
@@ -226,7 +218,7 @@ def read_svhn(root: Path, split: str, may_download: bool) -> tuple[torch.Tensor,
         check_md5(path, md5, "SVHN", path)
     try:
         content = SVHNFile(root, split)
-    except Exception as error:  # kinds of scipy, zlib and numpy
+    except Exception as error:  # scipy, zlib and numpy raise many kinds
         raise DataError(f"{path} cannot be read ({first_line(error)})") from error
     images, labels = content.data, torch.from_numpy(content.labels).reshape(-1)
     if images.shape != (len(labels), 3, 32, 32) or images.dtype != np.uint8 or not len(labels):
@@ -239,7 +231,7 @@ def read_svhn(root: Path, split: str, may_download: bool) -> tuple[torch.Tensor,
 # --- checks and download ----------------------------------------------------------------------------------------
 
 def check_regular(path: Path) -> None:
-    """A pipe would be waited for, and a device read, for ever."""
+    """Raises DataError for a pipe or a device: reading it might never end."""
     if path.exists() and not path.is_file():
         raise DataError(f"{path} cannot be read (it is not a regular file)")
 
@@ -251,18 +243,19 @@ def check_labels(path: Path, labels: torch.Tensor, n: int, name: str) -> None:
         raise DataError(f"{path}, record {at}: {name} {labels[at]}; valid is 0 to {n - 1}")
 
 
-def check_md5(path: Path, md5: str, title: str, remove: Path) -> None:
+def check_md5(path: Path, md5: str, title: str, to_remove: Path) -> None:
     check_regular(path)
-    if (found := calculate_md5(path)) != md5:
-        raise DataError(f"{path} is damaged: its MD5 sum is {found}, {title}'s is {md5}; remove {remove} to download "
-                        "it again")
+    found = calculate_md5(path)
+    if found != md5:
+        raise DataError(f"{path} is damaged: its MD5 sum is {found}, {title}'s is {md5}; remove {to_remove} to "
+                        "download it again")
 
 
 def download(title: str, root: Path, name: str, fetch: Callable[[str], object], valid: str, allowed: bool) -> None:
-    """Makes root/name, whole or not at all, by fetch(folder), which makes folder/name.
+    """Downloads root/name, completely or not at all. ``fetch(folder)`` downloads to folder/name.
 
     Raises:
-        DataError: if it is not ``allowed``, or fails.
+        DataError: if the download is not ``allowed`` or fails; ``valid`` says what to put into ``root`` instead.
     """
     if not allowed:
         raise DataError(f"no {title} in {root}; put {valid} there")
@@ -272,7 +265,7 @@ def download(title: str, root: Path, name: str, fetch: Callable[[str], object], 
             fetch(temporary)
             root.mkdir(parents=True, exist_ok=True)
             (Path(temporary) / name).rename(root / name)
-    except Exception as error:  # kinds of torchvision, urllib, tarfile and the file system
+    except Exception as error:  # torchvision, urllib, tarfile and the file system raise many kinds
         raise DataError(
             f"no {title} in {root}, and its download failed ({first_line(error)}); put {valid} there, or try the "
             "built-in sample: ./train.py --data tests/cifar10-sample --depth 22 --nEpochs 10 --save work/sample"
@@ -281,9 +274,9 @@ def download(title: str, root: Path, name: str, fetch: Callable[[str], object], 
 
 @contextlib.contextmanager
 def quiet_download() -> Iterator[None]:
-    """Keeps torchvision from printing to stdout, and from waiting for a silent server for ever."""
+    """A context in which torchvision prints nothing to stdout and gives up a server that sends nothing."""
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without a byte
+    socket.setdefaulttimeout(30)  # seconds without a byte; the default waits for ever
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -11,16 +11,16 @@ from lib.distributed import World, barrier, broadcast
 from lib.image_set import normal_form
 from lib.run_directory import RunError
 
-IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which torchvision's weights were trained with
+IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of torchvision's pretrained networks
 
 
 class Sets(NamedTuple):
     train: ImageSet
     val: ImageSet | None
     test: ImageSet
-    mean: list[float]  # of each channel, in [0, 1]: what images are normalised by
+    mean: list[float]  # of each channel, in [0, 1]; images are normalised by it and std
     std: list[float]
-    digests: dict[str, str | None]  # of each set's images, labels and classes
+    digests: dict[str, str | None]  # data.digest of "train", "val" and "test"
 
     @property
     def nbytes(self) -> int:
@@ -28,11 +28,11 @@ class Sets(NamedTuple):
 
 
 def load_sets(args: argparse.Namespace) -> Sets:
-    """Raises ValueError for data that are missing, damaged or not enough."""
+    """Reads the images. Raises ValueError if they are missing, damaged or too few."""
     train, test = data.load(args.dataset, args.data, extra=args.extra, imageSize=args.imageSize or 32)
     if args.classes:
         train, test = (data.select_classes(images, args.classes) for images in (train, test))
-    if args.pretrained:  # its first convolution reads three channels
+    if args.pretrained:  # torchvision's first convolution takes three channels
         train, test = (data.with_channels(images, 3) for images in (train, test))
     val = None
     if args.valSize:
@@ -40,12 +40,14 @@ def load_sets(args: argparse.Namespace) -> Sets:
     if args.batchSz > len(train.images):
         raise ValueError(f"--batchSz {args.batchSz} is more than the {len(train.images)} training images")
     mean, std = IMAGENET_MEAN_AND_STD if args.pretrained else data.mean_and_std(train.images)
-    digests = {name: images and data.digest(images) for name, images in dict(train=train, val=val, test=test).items()}
+    digests = {"train": data.digest(train), "val": data.digest(val) if val else None, "test": data.digest(test)}
     return Sets(train, val, test, mean, std, digests)
 
 
 def load_on_every_rank(args: argparse.Namespace, saved: dict[str, Any] | None, world: World) -> Sets:
-    """The same images everywhere. One rank of each machine loads first: the others find what it has downloaded."""
+    """Loads the images on every rank; on each machine local rank 0 goes first, and downloads for the others.
+
+    Raises ValueError as ``load_sets``, or if the images are not those of rank 0 or of the saved run."""
     sets = None
     if world.local_rank == 0:
         sets = load_sets(args)
@@ -64,9 +66,9 @@ def check_same_images(args: argparse.Namespace, sets: Sets, saved: dict[str, Any
     now = {"classes": sets.train.classes, **set_sizes(sets)}
     before = {name: saved.get(name) for name in now}
     before["classes"] = [normal_form(str(name)) for name in saved["classes"]]
-    colours, before_colours = sets.mean + sets.std, saved["mean"] + saved["std"]
-    same_colours = len(colours) == len(before_colours) and np.allclose(colours, before_colours, rtol=0, atol=1e-9)
-    if now != before or not same_colours or saved.get("digests", sets.digests) != sets.digests:
+    mean_std, saved_mean_std = sets.mean + sets.std, saved["mean"] + saved["std"]
+    is_same = len(mean_std) == len(saved_mean_std) and np.allclose(mean_std, saved_mean_std, rtol=0, atol=1e-9)
+    if now != before or not is_same or saved.get("digests", sets.digests) != sets.digests:
         raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
 
 

@@ -8,12 +8,12 @@ import torch
 import torchvision.transforms.functional as vision
 from image_helpers import CLASSES, noise
 
-from lib import data
-from lib.batches import Batches, dropout_seed, epoch_seed
+from lib.batches import Augmentation, Batches, batch_sizes, draw, dropout_seed, epoch_seed
+from lib.image_set import ImageSet, mean_and_std
 
 
 def image_set(images):
-    return data.ImageSet(images, torch.arange(len(images)) % 10, CLASSES)
+    return ImageSet(images, torch.arange(len(images)) % 10, CLASSES)
 
 
 def batches_of(images, mean=None, std=None, **more):
@@ -25,7 +25,7 @@ def batches_of(images, mean=None, std=None, **more):
 
 def test_every_offset_and_flip_occurs_equally_often():
     n = 81 * 2 * 200
-    drawn = data.draw(n, seed=3, epoch=7)
+    drawn = draw(n, seed=3, epoch=7)
     assert drawn.order.sort().values.equal(torch.arange(n))
     assert drawn.dy.unique().tolist() == drawn.dx.unique().tolist() == list(range(-4, 5))
     counts = (((drawn.dy + 4) * 9 + drawn.dx + 4) * 2 + drawn.flip).bincount(minlength=162).double()
@@ -34,13 +34,13 @@ def test_every_offset_and_flip_occurs_equally_often():
 
 
 def test_every_epoch_and_seed_draws_anew_and_the_same_again():
-    epochs = {(seed, epoch): data.draw(1000, seed, epoch) for seed in (0, 1) for epoch in (1, 2)}
-    for i, field in enumerate(data.Augmentation._fields):
+    epochs = {(seed, epoch): draw(1000, seed, epoch) for seed in (0, 1) for epoch in (1, 2)}
+    for i, field in enumerate(Augmentation._fields):
         assert len({tuple(drawn[i].tolist()) for drawn in epochs.values()}) == 4, field
-    assert all(torch.equal(a, b) for a, b in zip(data.draw(1000, 1, 2), epochs[1, 2], strict=True))
-    seeds = {data.epoch_seed(seed, epoch) for seed in range(50) for epoch in range(1, 301)}
-    assert len(seeds) == 50 * 300 and data.epoch_seed(1, 2) == 1_000_005
-    assert data.epoch_seed(2**32 - 1, 10**6) < 2**63  # what a generator takes
+    assert all(torch.equal(a, b) for a, b in zip(draw(1000, 1, 2), epochs[1, 2], strict=True))
+    seeds = {epoch_seed(seed, epoch) for seed in range(50) for epoch in range(1, 301)}
+    assert len(seeds) == 50 * 300 and epoch_seed(1, 2) == 1_000_005
+    assert epoch_seed(2**32 - 1, 10**6) < 2**63  # what a generator takes
 
 
 def test_dropout_has_a_seed_that_no_other_epoch_rank_or_permutation_of_the_run_has():
@@ -65,13 +65,13 @@ def test_dropout_of_a_run_has_no_seed_in_common_with_the_permutations_of_any_oth
 
 def test_random_numbers_neither_depend_on_nor_change_torchs_own(monkeypatch):
     """Neither torch's global generator, nor the thread count, nor what was drawn before has a say, nor notices."""
-    expected = data.draw(500, 1, 1)
+    expected = draw(500, 1, 1)
     torch.manual_seed(5)
     random.seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        drawn = data.draw(500, 1, 1)
+        drawn = draw(500, 1, 1)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
@@ -81,7 +81,7 @@ def test_random_numbers_neither_depend_on_nor_change_torchs_own(monkeypatch):
 
 def test_an_image_has_its_crop_whatever_batch_it_is_in():
     """Hence also whatever process has it: the numbers belong to the image, not to the step."""
-    batches, drawn = batches_of(noise(21)), data.draw(21, 1, 1)
+    batches, drawn = batches_of(noise(21)), draw(21, 1, 1)
     [(images, labels, _)] = batches.augmented(drawn, 21)
     for size in (1, 4, 20):
         parts = list(batches.augmented(drawn, size))
@@ -105,9 +105,9 @@ def test_every_image_is_in_an_epoch_once():
 @pytest.mark.parametrize("processes", range(1, 6))
 @pytest.mark.parametrize("n", [1, 4, 5, 23, 24, 41, 60])
 def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
-    batches, drawn = batches_of(noise(n, 8, 8)), data.draw(n, 1, 1, padding=1)
+    batches, drawn = batches_of(noise(n, 8, 8)), draw(n, 1, 1, padding=1)
     batchSz = 4 * processes
-    sizes = data.batch_sizes(n, batchSz, processes)
+    sizes = batch_sizes(n, batchSz, processes)
     for parts in ([list(batches.augmented(drawn, batchSz, rank, processes)) for rank in range(processes)],
                   [list(batches.plain(batchSz, drawn.order, rank, processes)) for rank in range(processes)]):
         if n >= processes:  # or DistributedDataParallel would wait for the process without an image
@@ -127,7 +127,7 @@ def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
     (21, 4, 1, [4, 4, 4, 4, 4, 1]), (20, 4, 1, [4] * 5), (21, 4, 2, [4, 4, 4, 4, 5]), (22, 4, 2, [4, 4, 4, 4, 4, 2]),
     (23, 8, 4, [8, 8, 7]), (19, 8, 4, [8, 11]), (3, 8, 1, [3]), (3, 8, 4, [3]), (0, 8, 2, []), (8, 8, 8, [8])])
 def test_a_remainder_is_a_batch_of_its_own_or_joins_the_one_before(n, batchSz, processes, expected):
-    assert data.batch_sizes(n, batchSz, processes) == expected
+    assert batch_sizes(n, batchSz, processes) == expected
 
 
 # --- crop and flip ----------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_mean_border_is_zero_after_normalising(height, width, channels):
 
 
 def test_the_border_is_black_unless_told_otherwise():
-    images, drawn = noise(20), data.draw(20, 1, 1)
+    images, drawn = noise(20), draw(20, 1, 1)
     default, black, mean = (next(batches_of(images, [0.5] * 3, [0.2] * 3, **border).augmented(drawn, 20))[0]
                             for border in ({}, {"border": "black"}, {"border": "mean"}))
     assert default.equal(black) and not default.equal(mean)
@@ -180,10 +180,10 @@ def test_the_border_is_black_unless_told_otherwise():
 @pytest.mark.parametrize("size, padding", [(32, 4), (224, 28), (64, 8), (7, 0)])
 def test_padding_grows_with_the_image(size, padding):
     assert batches_of(noise(1, size, size)).padding == padding
-    drawn = data.draw(2000, 1, 1, padding)
+    drawn = draw(2000, 1, 1, padding)
     assert (drawn.dy.min(), drawn.dy.max(), drawn.dx.min(), drawn.dx.max()) == (-padding, padding, -padding, padding)
     if padding == 4:
-        assert all(torch.equal(a, b) for a, b in zip(drawn, data.draw(2000, 1, 1), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(drawn, draw(2000, 1, 1), strict=True))
 
 
 def test_pixels_never_wrap_and_padding_is_black_before_normalising():
@@ -202,7 +202,7 @@ def test_pixels_never_wrap_and_padding_is_black_before_normalising():
 
 def test_plain_batches_are_the_images_normalised():
     images = noise(5)
-    mean, std = data.mean_and_std(images)
+    mean, std = mean_and_std(images)
     batch = torch.cat([b for b, _, _ in batches_of(images, mean, std).plain(2)])
     assert batch.dtype == torch.float32 and batch.shape == (5, 3, 32, 32)
     assert batch.is_contiguous(memory_format=torch.channels_last)

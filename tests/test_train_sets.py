@@ -19,6 +19,7 @@ import densenet
 import plot
 import train
 from lib import data, network, run_directory
+from lib.batches import Batches
 
 NOT_OF_A_RUN = [*SMALL, "--nEpochs", "1"]
 
@@ -99,7 +100,7 @@ def test_svhn_is_never_augmented_and_takes_40_epochs(tmp_path, monkeypatch):
         labels = (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]  # 10 stands for the digit 0
         io.savemat(tmp_path / f"{name}_32x32.mat",
                    {"X": draw.integers(0, 256, (32, 32, 3, n), dtype=np.uint8), "y": labels})
-    monkeypatch.setattr(data.Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
+    monkeypatch.setattr(Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
     args, _ = train.parse_args(["--dataset", "svhn"])
     assert args.nEpochs == 40 and args.no_augment
     argv = ["--dataset", "svhn", "--extra", "--data", str(tmp_path), *NOT_OF_A_RUN]
@@ -139,9 +140,9 @@ def validated(flags, tmp_path_factory):
 
 def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monkeypatch):
     sizes, augmented = [], []
-    evaluate, crop = train.evaluate, data.Batches.augmented
+    evaluate, crop = train.evaluate, Batches.augmented
     monkeypatch.setattr(train, "evaluate", lambda net, b, *more: (sizes.append(b.n), evaluate(net, b, *more))[1])
-    monkeypatch.setattr(data.Batches, "augmented", lambda b, *more: (augmented.append(b.n), crop(b, *more))[1])
+    monkeypatch.setattr(Batches, "augmented", lambda b, *more: (augmented.append(b.n), crop(b, *more))[1])
     save = tmp_path / "run"
     assert train.main([*flags, "--save", str(save)]) == 0
     assert sizes == [50, 50, 50, 50, 40]
