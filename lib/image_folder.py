@@ -19,22 +19,23 @@ from lib.cli import first_line, tell
 from lib.image_set import DataError, ImageSet, normal_form, shorten
 from lib.memory import total_memory
 
-# By content. Pillow reads many more: for PostScript it would start Ghostscript.
+# Told by the file's content. Pillow reads more formats, but starts Ghostscript for PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
            ".pnm")
-MAX_PIXELS = 178_956_970  # of a picture (Pillow's limit), and of all that are decoded at a time: 4 to 7 bytes each
-NAMED = 5  # broken pictures that a message names
+MAX_PIXELS = 178_956_970  # of a picture (Pillow's limit), and of all pictures being decoded; 4 to 7 bytes a pixel
+MAX_NAMED = 5  # broken pictures that a message names
 
 
 def load_folder(root: Path, imageSize: int, parts: tuple[str, ...]) -> list[ImageSet]:
-    """Images in root/train/<class>/ and root/test/<class>/ or root/val/<class>/, subfolders included, sorted by path.
+    """-> for each of ``parts`` ("train", "test") the images in root/train/<class>/ or root/test/<class>/
 
-    One channel if all of them are grayscale, three otherwise. Hidden files and folders are skipped; how many files of
-    other kinds there are is told on stderr, and so is which of test and val is read if both have classes.
+    If test is missing or has no classes, root/val/<class>/ is read; if both have, a line on stderr says that test is.
+    Subfolders of a class are included; a class is sorted by path. The images have one channel if all of them are
+    grayscale, else three. Hidden files and folders are skipped; files of other kinds are counted in a line on stderr.
 
-    Args:
-        parts: of "train" and "test", those to read
+    Raises:
+        DataError: if folders or images are missing, cannot be read or need too much memory.
     """
     folders = [root / "train" if part == "train" else choose_test_folder(root) for part in parts]
     for folder, part in zip(folders, parts, strict=True):
@@ -45,17 +46,19 @@ def load_folder(root: Path, imageSize: int, parts: tuple[str, ...]) -> list[Imag
     classes = sorted(class_folders[0])
     if len(classes) < 2:
         raise DataError(f"{folders[0]} has {len(classes)} class folders ({', '.join(classes)}); valid are two or more")
-    if different := {*classes} ^ {*class_folders[-1]}:
+    if different := set(classes) ^ set(class_folders[-1]):
         raise DataError(f"{folders[0]} and {folders[-1]} need the same classes; in only one: "
                         f"{shorten(sorted(different))}")
     passed_over: Counter[str] = Counter()
     files, labels, sizes = [], [], []
-    for folder, own in zip(folders, class_folders, strict=True):
-        count_outside(folder, passed_over)
-        found = [find_images(own[name], passed_over) for name in classes]
-        files += [path for paths in found for path in paths]
-        labels += [label for label, paths in enumerate(found) for _ in paths]
-        sizes.append(sum(map(len, found)))
+    for folder, folders_of_class in zip(folders, class_folders, strict=True):
+        count_images_outside_classes(folder, passed_over)
+        n_before = len(files)
+        for label, name in enumerate(classes):
+            found = find_images(folders_of_class[name], passed_over)
+            files += found
+            labels += [label] * len(found)
+        sizes.append(len(files) - n_before)
     if passed_over:
         counts = [f"{n} {kind}" for kind, n in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))]
         tell_once(f"passed over in {root}: {shorten(counts)}; images are {', '.join(ENDINGS)} in class folders")
@@ -66,7 +69,7 @@ def load_folder(root: Path, imageSize: int, parts: tuple[str, ...]) -> list[Imag
 
 
 def tell_once(message: str) -> None:
-    """Under torchrun each rank reads the images; the first one speaks."""
+    """Prints a line on stderr, on rank 0 only: under torchrun every rank reads the images."""
     if os.environ.get("RANK", "0") == "0":
         tell(message)
 
@@ -74,7 +77,7 @@ def tell_once(message: str) -> None:
 # --- finding the files ------------------------------------------------------------------------------------------
 
 def choose_test_folder(root: Path) -> Path:
-    """root/test, or root/val where test is missing or has no classes, as Kaggle lays data out."""
+    """-> root/test; root/val if test is missing or, as in Kaggle's layout, has no class folders"""
     test, val = root / "test", root / "val"
     if not val.is_dir():
         return test
@@ -90,42 +93,42 @@ def choose_test_folder(root: Path) -> Path:
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
-    """{class: its folders}; more than one if their names differ only in Unicode normalisation."""
+    """-> class name: its folders, several if their names differ only in Unicode normalisation"""
     found: dict[str, list[Path]] = {}
-    for path in sorted(visible(folder)):
+    for path in sorted(list_visible(folder)):
         if path.is_dir():
             found.setdefault(normal_form(path.name), []).append(path)
     return found
 
 
-def visible(folder: Path) -> list[Path]:
+def list_visible(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_error(error) from error
 
 
-def unreadable(error: OSError) -> DataError:
+def unreadable_error(error: OSError) -> DataError:
     return DataError(f"{error.filename} cannot be read ({error.strerror})")
 
 
 def find_images(folders: list[Path], passed_over: Counter[str]) -> list[Path]:
-    """All images of a class, sorted by path; other files are counted by ending."""
+    """-> all images of a class, sorted by path; ``passed_over`` counts its other files by ending"""
     def fail(error: OSError) -> None:
-        raise unreadable(error) from error
+        raise unreadable_error(error) from error
 
     images, seen = [], set()
     for folder in folders:
         for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
             real = os.path.realpath(parent)
-            if real in seen:  # a link that leads to a folder above it would be followed without end
+            if real in seen:  # a link to a folder above it would be followed for ever
                 subfolders.clear()
                 continue
             seen.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for path in (Path(parent, name) for name in names if not name.startswith(".")):
                 if path.exists() and not path.is_file():
-                    continue  # a pipe would be waited for without end
+                    continue  # a pipe or a device: reading it might never end
                 if path.suffix.lower() in ENDINGS:
                     images.append(path)
                 else:
@@ -135,9 +138,8 @@ def find_images(folders: list[Path], passed_over: Counter[str]) -> list[Path]:
     return sorted(images)
 
 
-def count_outside(folder: Path, passed_over: Counter[str]) -> None:
-    """Counts images that lie beside the class folders."""
-    for path in visible(folder):
+def count_images_outside_classes(folder: Path, passed_over: Counter[str]) -> None:
+    for path in list_visible(folder):
         if path.suffix.lower() in ENDINGS and path.is_file():
             passed_over[f"{path.suffix.lower()} in no class folder"] += 1
 
@@ -145,13 +147,13 @@ def count_outside(folder: Path, passed_over: Counter[str]) -> None:
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 def check_memory(n: int, imageSize: int) -> None:
-    """Raises DataError if n images need more than the machine's whole memory.
+    """Raises DataError if n images need more than the machine's total memory.
 
-    Free memory would not tell: the system gives up its cache of files when memory is needed.
+    Free memory is no measure: it excludes the file cache, which the system gives up when memory is needed.
     """
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of torchrun on this machine: each has all images
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # ranks on this machine, each of which holds all images
     processes = int(processes) if processes.isdecimal() else 1
-    needed = 2 * processes * n * 3 * imageSize ** 2  # decoded, and the copy in Batches
+    needed = 2 * processes * n * 3 * imageSize ** 2  # bytes: the decoded images, and their copy in Batches
     available = total_memory(torch.device("cpu"))
     if needed > available:
         raise DataError(f"{n} images of {imageSize}x{imageSize} pixels need {needed / 1e9:.1f} GB of memory; this "
@@ -159,37 +161,38 @@ def check_memory(n: int, imageSize: int) -> None:
 
 
 def decode(files: list[Path], imageSize: int) -> torch.Tensor:
-    """-> uint8 (N, C, imageSize, imageSize), C 1 if all are grayscale, else 3
+    """-> uint8 (N, C, imageSize, imageSize); C is 1 if all images are grayscale, else 3
 
     Raises:
-        DataError: if images cannot be decoded; it names the first five and counts the others.
+        DataError: if images cannot be decoded; the message names the first five and counts the others.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd palettes and sizes, which decode all the same
-    Image.core.set_block_size(2**26)  # above 32 MiB glibc gives memory back; less would stay with each of the threads
-    images, gray, broken = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8), True, []
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd palettes and sizes, which it decodes all the same
+    Image.core.set_block_size(2**26)  # glibc frees blocks above 32 MiB at once; each thread would keep smaller ones
+    images = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8)
+    all_gray, broken = True, []
 
-    def decode_or_refuse(path: Path) -> torch.Tensor | DataError:
+    def decode_or_error(path: Path) -> torch.Tensor | DataError:
         try:
             return decode_image(path, imageSize)
         except DataError as error:
             return error
 
     with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without Python's lock
-        decoded = pool.map(decode_or_refuse, files)
-        for image, one in zip(images, tqdm(decoded, "decoding", len(files), leave=False, disable=None), strict=True):
-            if isinstance(one, DataError):
-                broken.append(str(one))
+        results = tqdm(pool.map(decode_or_error, files), "decoding", len(files), leave=False, disable=None)
+        for image, result in zip(images, results, strict=True):
+            if isinstance(result, DataError):
+                broken.append(str(result))
             else:
-                image.copy_(one)  # a single channel into all three
-                gray &= len(one) == 1
+                image.copy_(result)  # a single channel is copied into all three
+                all_gray &= len(result) == 1
     if broken:
-        more = [f"and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
-        raise DataError("; ".join(broken[:NAMED] + more))
-    return images[:, :1].contiguous() if gray else images
+        more = [f"and {len(broken) - MAX_NAMED} more"] if len(broken) > MAX_NAMED else []
+        raise DataError("; ".join(broken[:MAX_NAMED] + more))
+    return images[:, :1].contiguous() if all_gray else images
 
 
 class PixelBudget:
-    """Makes threads wait while the pictures that are being decoded have more than ``total`` pixels together."""
+    """Limits the pixels of all pictures that threads decode at the same time to ``total``: others wait."""
 
     def __init__(self, total: int):
         self.left = total
@@ -197,6 +200,7 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def take(self, n: int) -> Iterator[None]:
+        """A context that holds n pixels of the budget, after waiting until they are free."""
         with self.changed:
             self.changed.wait_for(lambda: self.left >= n)
             self.left -= n
@@ -212,19 +216,19 @@ BUDGET = PixelBudget(MAX_PIXELS)
 
 
 def decode_image(path: Path, imageSize: int) -> torch.Tensor:
-    """-> uint8 (1 or 3, imageSize, imageSize): upright, the shorter side resized, the middle of the longer one.
+    """-> uint8 (1 or 3, imageSize, imageSize): turned upright, cropped to the middle square and resized
 
-    By PIL: torchvision.io's decoders are deprecated (since 0.29) and do not read BMP, TIFF and PPM.
+    PIL decodes: torchvision.io's decoders are deprecated (since 0.29) and do not read BMP, TIFF and PPM.
 
     Raises:
-        DataError: if it is damaged, too large, or has values that 8 or 16 bits do not hold.
+        DataError: if the picture is damaged, too large, or has values that do not fit into 16 bits.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:  # reads the size alone
-            if file.width * file.height > MAX_PIXELS:  # where someone has lifted Pillow's limit
+        with Image.open(path, formats=FORMATS) as file:  # reads the header only
+            if file.width * file.height > MAX_PIXELS:  # Pillow's own limit can be switched off
                 raise Image.DecompressionBombError
             with BUDGET.take(file.width * file.height):
-                return convert(file, path, imageSize)
+                return to_tensor(file, path, imageSize)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -235,17 +239,17 @@ def decode_image(path: Path, imageSize: int) -> torch.Tensor:
         raise DataError(f"{path} cannot be decoded ({first_line(error)})") from error
 
 
-def convert(image: Image.Image, path: Path, imageSize: int) -> torch.Tensor:
+def to_tensor(image: Image.Image, path: Path, imageSize: int) -> torch.Tensor:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise DataError(f"{path} has pixels of floating point (mode F); valid are whole numbers of 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits, which PIL's convert() would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits, which PIL's convert() would clip at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{path} has pixels from {values.min()} to {values.max()} (mode {image.mode}); valid are 0 "
                             "to 65535")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
-    if image.mode != mode:  # or convert() would copy the picture
+    if image.mode != mode:  # convert() would copy a picture that has the mode already
         image = image.convert(mode)
     return pil_to_tensor(ImageOps.fit(image, (imageSize, imageSize), Image.Resampling.BILINEAR))  # antialiased

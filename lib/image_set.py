@@ -9,7 +9,7 @@ import torch
 
 
 class DataError(ValueError):
-    """Data that are missing or damaged, or a choice from them that is not possible; the message is one line."""
+    """Data are missing or damaged, or what was asked of them is impossible; the message is one line."""
 
 
 class ImageSet(NamedTuple):
@@ -19,16 +19,17 @@ class ImageSet(NamedTuple):
 
 
 def shorten(names: list[str]) -> str:
+    """-> the names in one line; after 20 of them only their number"""
     return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ... ({len(names)} in all)"
 
 
 def normal_form(name: str) -> str:
-    """NFC: macOS and Linux write the same accented name by different code points."""
+    """-> the name in Unicode's NFC: macOS and Linux may write the same accented name in different code points"""
     return unicodedata.normalize("NFC", name)
 
 
 def select_classes(images: ImageSet, names: list[str]) -> ImageSet:
-    """The images of these classes alone, labelled in the order of ``names``; Unicode normalisation does not matter.
+    """-> the images of these classes only; label i is class ``names[i]``, compared after Unicode normalisation
 
     Raises:
         DataError: if a name is unknown, repeated or has no image, or if there are fewer than two names.
@@ -56,42 +57,43 @@ def select_classes(images: ImageSet, names: list[str]) -> ImageSet:
 
 
 def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Splits into the images to train on and n validation images; both stay in the set's order.
+    """-> the images to train on, and n validation images; both keep the order of the set
 
-    Stratified: each class's share of the n is its share of the set, to within one image. The random numbers are from
-    a generator of their own.
+    Stratified: a class has the same share of the n images as of the set, to within one image. The random numbers come
+    from a private generator, so that torch's global one stays as it is.
 
     Raises:
         DataError: if n is less than 1, or leaves a class without an image to train on.
     """
     counts = images.labels.bincount(minlength=len(images.classes))
-    if not possible(counts, n):
-        nearest = next((m for m in (*range(min(n, len(images.labels)) - 1, 0, -1), 1) if possible(counts, m)), "none")
+    if not can_hold_out(counts, n):
+        smaller = range(min(n, len(images.labels)) - 1, 0, -1)
+        nearest = next((m for m in (*smaller, 1) if can_hold_out(counts, m)), "none")
         raise DataError(f"{n} of {len(images.labels)} training images cannot be held out, as each class has to keep "
                         f"one; nearest valid is {nearest}")
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
     labels = images.labels[order]
-    held = torch.zeros_like(labels, dtype=torch.bool)
-    for label, share in enumerate(shares(counts, n).tolist()):
-        held[order[labels == label][:share]] = True
-    stay, out = (ImageSet(images.images[part], images.labels[part], images.classes) for part in (~held, held))
-    return stay, out
+    is_held = torch.zeros_like(labels, dtype=torch.bool)
+    for label, n_held in enumerate(stratified_counts(counts, n).tolist()):
+        is_held[order[labels == label][:n_held]] = True
+    kept, held = (ImageSet(images.images[i], images.labels[i], images.classes) for i in (~is_held, is_held))
+    return kept, held
 
 
-def shares(counts: torch.Tensor, n: int) -> torch.Tensor:
+def stratified_counts(counts: torch.Tensor, n: int) -> torch.Tensor:
     """Splits n in proportion to ``counts`` by largest remainders; of equal remainders the first class's wins."""
     whole, rest = counts * n // counts.sum(), counts * n % counts.sum()
     whole[rest.argsort(descending=True, stable=True)[:n - whole.sum()]] += 1
     return whole
 
 
-def possible(counts: torch.Tensor, n: int) -> bool:
+def can_hold_out(counts: torch.Tensor, n: int) -> bool:
     """Whether n images can be held out so that each class that has images keeps one."""
-    return 1 <= n < int(counts.sum()) and bool((shares(counts, n) < counts)[counts > 0].all())
+    return 1 <= n < int(counts.sum()) and bool((stratified_counts(counts, n) < counts)[counts > 0].all())
 
 
 def with_channels(images: ImageSet, channels: int) -> ImageSet:
-    """The images as a network of ``channels`` input channels takes them: grayscale ones are repeated in each channel.
+    """-> the images with as many channels as the network takes; grayscale images are repeated in each channel
 
     Raises:
         DataError: if the images are in colour and the network takes grayscale.
@@ -101,11 +103,11 @@ def with_channels(images: ImageSet, channels: int) -> ImageSet:
         return images
     if have != 1:
         raise DataError(f"the images have {have} channels, the network takes {channels}; valid are grayscale images")
-    return images._replace(images=images.images.expand(-1, channels, -1, -1))  # takes no memory
+    return images._replace(images=images.images.expand(-1, channels, -1, -1))  # a view: takes no memory
 
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Each channel's mean and standard deviation over all pixels, in [0, 1]; 1 for the deviation of a constant channel.
+    """-> each channel's mean and standard deviation over all pixels, in [0, 1]; deviation 1 for a constant channel
 
     Args:
         images: uint8 (N, C, H, W)
@@ -114,21 +116,21 @@ def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
     means, stds = [], []
     for channel in range(images.shape[1]):
         # from a 256-bin histogram, so that device and order do not matter
-        share = torch.bincount(images[:, channel].flatten(), minlength=256).double()
-        share /= share.sum()
-        mean = (share * levels).sum()
+        frequency = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+        frequency /= frequency.sum()
+        mean = (frequency * levels).sum()
         means.append(mean.item())
-        stds.append((share * (levels - mean) ** 2).sum().sqrt().item() or 1.0)
+        stds.append((frequency * (levels - mean) ** 2).sum().sqrt().item() or 1.0)
     return means, stds
 
 
 def digest(images: ImageSet) -> str:
-    """SHA-256, as hex digits, of the shape, the class names, the pixels and the labels.
+    """-> SHA-256, as hex digits, of the shape, the class names, the pixels and the labels
 
     The layout in memory does not matter: the binary and the python version of CIFAR have the same digest.
     """
     sha = hashlib.sha256(json.dumps([list(images.images.shape), images.classes]).encode())
-    for part in images.images.split(1000):  # a copy of 1000 images at most, where they are not contiguous
+    for part in images.images.split(1000):  # so that contiguous() copies 1000 images at most
         sha.update(part.contiguous().numpy())
     sha.update(images.labels.contiguous().numpy().astype("<i8"))
     return sha.hexdigest()

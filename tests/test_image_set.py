@@ -72,9 +72,11 @@ def test_held_out_images_are_stratified(counts, n):
         assert not count or (stay.labels == label).any()
 
 
-def test_largest_remainders_get_the_rest():
-    assert image_set.shares(torch.tensor([7, 50, 3, 140]), 20).tolist() == [1, 5, 0, 14]  # of 0.7, 5, 0.3 and 14
-    assert image_set.shares(torch.tensor([5, 5, 5]), 4).tolist() == [2, 1, 1]  # the first of equal ones
+@pytest.mark.parametrize("counts, n, expected", [
+    ([7, 50, 3, 140], 20, [1, 5, 0, 14]),  # of 0.7, 5, 0.3 and 14
+    ([5, 5, 5], 4, [2, 1, 1])])  # of equal remainders the first
+def test_the_largest_remainders_are_rounded_up(counts, n, expected):
+    assert image_set.stratified_counts(torch.tensor(counts), n).tolist() == expected
 
 
 def test_held_out_images_follow_from_the_seed_alone():
