@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader finds the old content or the new, whatever moment the process dies at."""
+"""Replaces files as a whole: whenever the process is killed, a reader finds either the old content or the new."""
 
 import argparse
 import contextlib
@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# errnos of file systems that have no locks, or no fsync of a directory: Lustre, NFS, CIFS, shared folders
+# errnos of file systems without locks, or without fsync of a directory: Lustre, NFS, CIFS, shared folders
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes ``path``'s place, on disk, when the block ends. If it raises, ``path`` is as it was.
+    """A context with a new file that replaces ``path`` at its end, synced to disk. If it raises, ``path`` is unchanged.
 
     Raises:
         OSError: with ``path`` as its filename.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with naming(path):
+    with filename_in_errors(path):
         try:
-            with open(temporary, "xb") as file:  # exclusive: never through a link that somebody put there
+            with open(temporary, "xb") as file:  # x: an existing file or link is an error
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -37,13 +37,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def copy_file(path: Path, other: Path) -> None:
-    """Replaces ``other`` whole by a copy of ``path``: no link, so that damage to one leaves the other sound."""
+    """Replaces ``other`` by a copy of ``path``, not by a hard link: damage to one file leaves the other sound."""
     with open(path, "rb") as source, replacing(other) as target:
         shutil.copyfileobj(source, target)
 
 
 def sync_directory(path: Path) -> None:
-    """Puts a directory's entries on disk, where the file system can."""
+    """Syncs a directory's entries to disk, if its file system can do that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,12 +55,12 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Fills in OSError.filename, which write() and fsync() leave empty."""
+def filename_in_errors(path: Path) -> Iterator[None]:
+    """A context that fills in OSError.filename, which write() and fsync() leave empty."""
     try:
         yield
     except OSError as error:
-        if not getattr(error, "is_named", False):  # by a block inside this one
+        if not getattr(error, "is_named", False):  # True: an inner context has filled it in
             error.filename, error.is_named = str(path), True
         raise
 
@@ -68,10 +68,10 @@ def naming(path: Path) -> Iterator[None]:
 # --- files that a tool writes -----------------------------------------------------------------------------------
 
 def new_file(suffix: str):
-    """-> an argparse type: a file that can be written. It refuses before the work is done, not after it."""
+    """-> an argparse type: the path of a file that can be written. Refusing it later would lose the tool's work."""
     def parse(text: str) -> Path:
-        other = os.path.exists(text or ".") and not os.path.isfile(text)  # a directory, or a device to be overwritten
-        if not text.isprintable() or not text.endswith(suffix) or other:
+        is_no_file = os.path.exists(text or ".") and not os.path.isfile(text)  # a directory or a device
+        if not text.isprintable() or not text.endswith(suffix) or is_no_file:
             valid = f"the path of a file that ends in {suffix}" if suffix else "the path of a file"
             raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is {valid}")
         if not os.access(Path(text).parent, os.W_OK | os.X_OK):
@@ -81,7 +81,7 @@ def new_file(suffix: str):
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a tool's result and prints its path. RuntimeError, with one line for the user, if it cannot be written."""
+    """Writes a tool's result and prints its path. Raises RuntimeError, with a one-line message, if that fails."""
     try:
         with replacing(path) as file:
             file.write(content)

@@ -1,8 +1,8 @@
 """A run's directory: lock, CSVs, run.json, checkpoints. Only rank 0 uses it.
 
-The checkpoint is the run. It holds the flags, the progress, weights and optimizer, and for each CSV its length and
-SHA-256 at that moment. It is replaced whole, and the one before it stays as previous.pth. So whatever moment the
-process dies at, what was saved before stays valid, and ``--resume`` continues there. run.json is for people.
+The checkpoint latest.pth is all that ``--resume`` needs: flags, progress, weights, optimizer, and the length and
+SHA-256 that each CSV had when it was saved. Each checkpoint replaces latest.pth as a whole, and the one before stays as
+previous.pth: whenever the process is killed, the last one saved is valid. run.json is for people.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 
 from densenet import ForeignFile, read_checkpoint
 from lib.cli import warn
-from lib.files import UNSUPPORTED, copy_file, naming, replacing, sync_directory
+from lib.files import UNSUPPORTED, copy_file, filename_in_errors, replacing, sync_directory
 
 try:
     import fcntl
@@ -27,34 +27,35 @@ except ImportError:  # not a POSIX system
 CSVS = ("train.csv", "val.csv", "test.csv")
 CSV_HEADER = b"epoch,loss,error\n"
 LATEST, PREVIOUS = "latest.pth", "previous.pth"
-BEST = "best.pth"  # the epoch with the lowest validation error, where there is a validation set
+BEST = "best.pth"  # of the epoch with the lowest validation error, if there is a validation set
 FIGURES = ("loss.png", "error.png", "loss-error.png")
-LOCK, ABOUT = ".lock", "run.json"
-FILES = (ABOUT, LOCK, LATEST, PREVIOUS, BEST, *CSVS, *FIGURES)
-PARTS = {"flags": dict, "scheduleEpochs": int, "environment": dict, "mean": list, "std": list, "classes": list}
+LOCK, RUN_JSON = ".lock", "run.json"
+FILES = (RUN_JSON, LOCK, LATEST, PREVIOUS, BEST, *CSVS, *FIGURES)
+# required entries and their types: of checkpoints and run.json, and of checkpoints only
+ABOUT_RUN = {"flags": dict, "scheduleEpochs": int, "environment": dict, "mean": list, "std": list, "classes": list}
 PROGRESS = {"epoch": int, "best": (dict, type(None)), "csvLengths": dict, "model": dict, "optimizer": dict}
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link could lead to another file of the user's
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # open() then refuses a link, which could lead to any file of the user's
 
 
 def is_finished(saved: dict[str, Any] | None, nEpochs: int) -> bool:
-    """Whether the saved run has nothing left to train or test, so that its images are not needed."""
+    """Whether nothing of the saved run is left to train or test, so that its images are not needed."""
     return saved is not None and saved.get("epoch", 0) >= nEpochs and bool(saved.get("test"))
 
 
 class RunError(ValueError):
-    """What was asked cannot be done with this run directory; the message is one line for the user."""
+    """This run directory does not allow what the user asked for; the message is one line."""
 
 
 class Run:
-    """First ``open``; then ``begin``, and ``add`` and ``save`` until ``close``."""
+    """Call ``open``, then ``begin``, then ``add`` and ``save`` in each epoch, in a with statement: its end unlocks."""
 
     def __init__(self, path: str):
         self.path = Path(path)
         self.csvs: dict[str, BinaryIO] = {}
-        self.digests: dict[str, Any] = {}  # of each CSV, a hashlib object that has seen all its bytes
+        self.digests: dict[str, Any] = {}  # for each CSV a hashlib object, updated with all its bytes
         self.lock_handle: int | None = None
-        self.loaded = LATEST  # the checkpoint that ``open`` read
-        self.saved_epoch: int | None = None  # of latest.pth
+        self.current = LATEST  # the checkpoint last read or written, and its epoch
+        self.current_epoch: int | None = None
         self.begun = False  # whether anything was written
 
     def __enter__(self) -> "Run":
@@ -73,16 +74,16 @@ class Run:
         stopped before its first checkpoint; None for a new run.
 
         Raises:
-            RunError: if the directory does not fit what the user asked for, nothing can be written there, another
-                process has it, no checkpoint can be used, or rows of a CSV are lost.
+            RunError: if there is a run and neither flag, none of its checkpoints can be used, rows of a CSV are lost,
+                a file is not a run's, nothing can be written, or another process uses the directory.
         """
         if not self.check(resume, overwrite):
             return None
         self.lock()
-        return self.read() if resume else None
+        return self.read_run() if resume else None
 
     def check(self, resume: bool, overwrite: bool) -> bool:
-        """-> whether the directory holds a run. Files with other names than a run's do not matter."""
+        """-> whether the directory holds a run. Files with names that no run uses are ignored."""
         if not self.path.is_dir():
             if os.path.lexists(self.path):
                 raise RunError(f"--save {self.path} is not a directory")
@@ -94,9 +95,9 @@ class Run:
         self.check_permission(self.path)
         found = [name for name in FILES if os.path.lexists(self.path / name)]
         for name in found:
-            if problem := self.foreign(name):
+            if problem := self.why_foreign(name):
                 raise RunError(f"{self.path / name} {problem}; move it, or name another directory by --save")
-        holds_run = bool({ABOUT, LATEST, PREVIOUS, *CSVS} & set(found))
+        holds_run = bool({RUN_JSON, LATEST, PREVIOUS, *CSVS} & set(found))
         if not holds_run and (others := sorted(set(found) - {LOCK})):
             raise RunError(f"--save {self.path} holds {others[0]}, but no run; move it, or name another directory")
         if holds_run and not resume and not overwrite:
@@ -107,34 +108,34 @@ class Run:
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             raise RunError(f"--save {self.path}: no permission to write in {directory}")
 
-    def foreign(self, name: str) -> str | None:
-        """Why a file with a run's name is not a run's, and must not be replaced; None if it may be one."""
+    def why_foreign(self, name: str) -> str | None:
+        """-> why this file, in spite of its name, is not a run's and must not be replaced; None if it may be a run's"""
         path = self.path / name
         if path.is_symlink():
-            return "is a symbolic link, which a run's files are not"
+            return "is a symbolic link"
         if not path.is_file():
             return "is not a file of a run"
-        if name in CSVS and not is_log(path):
+        if name in CSVS and not is_run_csv(path):
             return "is not a run's table of epoch,loss,error"
-        if name == ABOUT and self.read_json() is None and path.stat().st_size and not (self.path / LATEST).exists():
-            return "is not a run's"  # beside a checkpoint it may be a damaged one, and is written again
+        if name == RUN_JSON and self.read_json() is None and path.stat().st_size and not (self.path / LATEST).exists():
+            return "is not a run's description"  # with a checkpoint it may be a run's, damaged: it is written again
         if name in (LATEST, PREVIOUS, BEST):
             try:
                 read_checkpoint(path)
             except ForeignFile as error:
                 return str(error).removeprefix(f"{path} ")
-            except (ValueError, OSError):  # damaged: it may have been one
+            except (ValueError, OSError):  # damaged: it may have been a run's
                 pass
         return None
 
     def lock(self) -> None:
-        """Makes the directory if need be, and keeps other processes out until the end."""
+        """Makes the directory if it does not exist, and keeps other processes out until the end."""
         if self.lock_handle is not None:
             return
         if not self.path.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             sync_directory(self.path.parent)
-        with naming(self.path / LOCK):
+        with filename_in_errors(self.path / LOCK):
             handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | NO_FOLLOW, 0o666)
         try:
             if fcntl is None:
@@ -149,28 +150,28 @@ class Run:
                 os.close(handle)
                 raise
             warn(f"{self.path}: this file system has no locks ({error.strerror}); do not start a second process on "
-                 "this run while one is at work")
+                 "this run while one is running")
         self.lock_handle = handle
-        with naming(self.path / LOCK):
+        with filename_in_errors(self.path / LOCK):
             os.ftruncate(handle, 0)
             os.write(handle, f"{os.getpid()}\n".encode())
 
-    def read(self) -> dict[str, Any] | None:
-        """As ``open``, of a directory that holds a run."""
+    def read_run(self) -> dict[str, Any] | None:
+        """-> what ``open`` returns for a directory that holds a run"""
         checkpoint = self.newest_checkpoint()
         if checkpoint is None:
             for name in CSVS[1:]:
                 path = self.path / name
-                if path.exists() and path.read_bytes().count(b"\n") > 2:  # header, epoch 1
-                    raise RunError(f"--save {self.path} has no checkpoint left, but rows of some epochs in {name}; put "
-                                   f"{LATEST} back, or start again with --overwrite or elsewhere")
+                if path.exists() and path.read_bytes().count(b"\n") > 2:  # more than the header and epoch 1
+                    raise RunError(f"--save {self.path} has no checkpoint left, but rows of several epochs in {name}; "
+                                   f"put {LATEST} back, or start again with --overwrite or another --save")
             return self.read_json()
         for name, length in checkpoint["csvLengths"].items():
             check_csv(self.path / name, length, checkpoint.get("csvDigests", {}).get(name), checkpoint["epoch"])
         return checkpoint
 
     def newest_checkpoint(self) -> dict[str, Any] | None:
-        """latest.pth; if that is damaged or missing, the newer one of best.pth and previous.pth, with a warning."""
+        """-> latest.pth; if it is damaged or missing, the newer of best.pth and previous.pth, with a warning"""
         problem, sound = None, {}
         for name in (LATEST, BEST, PREVIOUS):
             path = self.path / name
@@ -181,7 +182,7 @@ class Run:
                     problem = f"{path} is missing"
             except OSError as error:
                 problem = problem or f"{path} cannot be read ({error.strerror})"
-            except ValueError:  # a foreign file was refused by ``check``
+            except ValueError:  # damaged, not foreign: ``check`` has refused foreign files
                 problem = problem or f"{path} is damaged"
             if name == LATEST and sound:
                 break
@@ -191,23 +192,23 @@ class Run:
             return None
         name = max(sound, key=lambda name: epoch_of(sound[name]))
         checkpoint = sound[name]
-        if not is_whole(checkpoint):
+        if not is_complete(checkpoint):
             raise RunError(f"{self.path / name} is not a checkpoint of a run: parts of it are missing or of a wrong "
                            "kind")
         if problem:
             warn(f"{problem}; continuing from {name}, epoch {checkpoint['epoch']}")
-        self.loaded, self.saved_epoch = name, checkpoint["epoch"]
+        self.current, self.current_epoch = name, checkpoint["epoch"]
         return checkpoint
 
     def read_json(self) -> dict[str, Any] | None:
         try:
-            content = json.loads((self.path / ABOUT).read_text())
+            content = json.loads((self.path / RUN_JSON).read_text())
         except (OSError, ValueError, RecursionError):
             return None
-        return content if has(content, PARTS) else None
+        return content if has_entries(content, ABOUT_RUN) else None
 
     def read_best(self, epoch: int) -> dict[str, Any]:
-        """Raises RunError if best.pth is not the checkpoint of this epoch."""
+        """-> best.pth; raises RunError if it is not the checkpoint of this epoch"""
         path = self.path / BEST
         try:
             checkpoint = read_checkpoint(path)
@@ -222,40 +223,40 @@ class Run:
     # --- writing ----------------------------------------------------------------------------------------------
 
     def begin(self, state: dict[str, Any], saved: dict[str, Any] | None) -> None:
-        """Opens the run for training: its checkpoint, run.json, then the CSVs as they were at the checkpoint.
+        """Prepares the directory for training: saves a checkpoint and run.json, and cuts the CSVs to the checkpoint.
 
         Args:
-            state: the checkpoint, with "csvLengths"; it is saved if it differs from ``saved``, as by other flags
-            saved: what ``open`` returned; if that is no checkpoint, what an earlier run has left is removed
+            state: the content of the checkpoint; saved only if the run is new, or its flags or "test" have changed
+            saved: what ``open`` returned; if it is not a checkpoint, files of an earlier run are removed
 
         Raises:
             OSError: with the file that cannot be written as its filename.
-            RunError: if another process has the directory, or has begun a run there.
+            RunError: if another process uses the directory, or has begun a run there.
         """
         if self.lock_handle is None:
             self.lock()
-            self.check(resume=False, overwrite=False)  # again, now that nobody else can begin a run
+            self.check(resume=False, overwrite=False)  # again, now that no other process can begin a run
         best = state["best"] if state.get("valImages") else None
         if best and best["epoch"] != state["epoch"]:
-            self.read_best(best["epoch"])  # now, and not only at the end, where it is needed
+            self.read_best(best["epoch"])  # needed at the end: refuse the run now rather than then
         self.begun = True
-        for name in os.listdir(self.path):  # left by a process that was killed while it wrote
+        for name in os.listdir(self.path):  # temporary files of a process that was killed
             if name.endswith(".tmp") and name.startswith(tuple(f".{file}." for file in FILES)):
                 (self.path / name).unlink(missing_ok=True)
         is_new = saved is None or "model" not in saved
-        if is_new:  # before latest.pth is replaced: none of these may be taken for the new run's
+        if is_new:  # before latest.pth is replaced: an earlier run's files must not be taken for the new run's
             for name in (PREVIOUS, BEST, *FIGURES):
                 (self.path / name).unlink(missing_ok=True)
-            self.saved_epoch = None
+            self.current_epoch = None
         if is_new or any(state[name] != saved.get(name) for name in ("flags", "test")):
             self.write_checkpoint(state)
-        about = {name: value for name, value in state.items() if name not in ("model", "optimizer", "csvDigests")}
-        about = {name: value for name, value in about.items() if name not in PROGRESS and name not in ("val", "test")}
+        changing = (*PROGRESS, "val", "test", "csvDigests")
+        about = {name: value for name, value in state.items() if name not in changing}
         if self.read_json() != about:
-            with replacing(self.path / ABOUT) as file:
+            with replacing(self.path / RUN_JSON) as file:
                 file.write((json.dumps(about, indent=2) + "\n").encode())
         if best and best["epoch"] == state["epoch"]:
-            copy_file(self.path / self.loaded, self.path / BEST)  # it may have been killed before that copy
+            copy_file(self.path / self.current, self.path / BEST)  # a killed run may not have made this copy
         for name in CSVS:
             if name != "val.csv" or state.get("valImages"):
                 self.open_csv(name, state["csvLengths"].get(name, 0))
@@ -263,30 +264,30 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
 
     def open_csv(self, name: str, length: int) -> None:
-        """Cut to ``length`` bytes; a new one gets its header."""
-        with naming(self.path / name):
+        """Opens a CSV for appending, cut to ``length`` bytes; length 0 makes a new one with its header."""
+        with filename_in_errors(self.path / name):
             handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | NO_FOLLOW, 0o666)
             csv = self.csvs[name] = os.fdopen(handle, "r+b", buffering=0)
             csv.truncate(length)
             self.digests[name] = hashlib.sha256(csv.read())
         if length == 0:
-            self.write(name, CSV_HEADER)
+            self.append(name, CSV_HEADER)
 
     def add(self, name: str, rows: list[tuple[float, float, float]]) -> None:
         """Appends rows of epoch, loss (mean over images, in nats) and error (in percent)."""
-        self.write(name, "".join(f"{epoch:.9g},{loss:.7g},{error:.5g}\n" for epoch, loss, error in rows).encode())
+        self.append(name, "".join(f"{epoch:.9g},{loss:.7g},{error:.5g}\n" for epoch, loss, error in rows).encode())
 
-    def write(self, name: str, content: bytes) -> None:
+    def append(self, name: str, content: bytes) -> None:
         self.digests[name].update(content)
-        with naming(self.path / name):
-            while content:  # a full disk takes a part, then raises
+        with filename_in_errors(self.path / name):
+            while content:  # on a full disk write() takes a part and only then raises
                 content = content[self.csvs[name].write(content):]
 
     def save(self, state: dict[str, Any], is_best: bool = False) -> None:
-        """Puts the CSVs on disk, then latest.pth. The one before stays as previous.pth, the best one as best.pth."""
+        """Syncs the CSVs, then replaces latest.pth. The one before stays as previous.pth, the best one as best.pth."""
         self.check_lock()
         for name, csv in self.csvs.items():
-            with naming(self.path / name):
+            with filename_in_errors(self.path / name):
                 os.fsync(csv.fileno())
         self.write_checkpoint(state | {
             "csvLengths": {name: csv.tell() for name, csv in self.csvs.items()},
@@ -295,18 +296,18 @@ class Run:
             copy_file(self.path / LATEST, self.path / BEST)
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
-        content = io.BytesIO()  # torch.save into a file hides the error of a full disk, and a signal, behind its own
+        content = io.BytesIO()  # torch.save to a file raises an error of its own for a full disk or a signal
         torch.save(state, content)
         latest = self.path / LATEST
         with replacing(latest) as file:
             file.write(content.getbuffer())
             # keep latest.pth as previous.pth, unless it is damaged or holds this same epoch
-            if self.loaded == LATEST and self.saved_epoch not in (None, state["epoch"]):
+            if self.current == LATEST and self.current_epoch not in (None, state["epoch"]):
                 copy_file(latest, self.path / PREVIOUS)
-        self.loaded, self.saved_epoch = LATEST, state["epoch"]
+        self.current, self.current_epoch = LATEST, state["epoch"]
 
     def check_lock(self) -> None:
-        """Raises RunError if the directory was moved away under the process: its path may be another run's now."""
+        """Raises RunError if the directory was moved or replaced since it was locked: its path may be another run's."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path / LOCK), os.fstat(self.lock_handle)):
                 return
@@ -314,32 +315,33 @@ class Run:
                        "nothing more is written there")
 
 
-def has(content: Any, kinds: dict[str, Any]) -> bool:
-    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+def has_entries(content: Any, types: dict[str, Any]) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in types.items())
 
 
-def is_whole(checkpoint: dict[str, Any]) -> bool:
-    """Whether all that a run continues from is there and of its kind: the file may be a stranger's."""
-    if not (has(checkpoint, PARTS) and has(checkpoint, PROGRESS) and checkpoint["epoch"] >= 0):
+def is_complete(checkpoint: dict[str, Any]) -> bool:
+    """Whether the checkpoint has all that a run continues from, each of the right type: it may be a stranger's."""
+    if not (has_entries(checkpoint, ABOUT_RUN | PROGRESS) and checkpoint["epoch"] >= 0):
         return False
     lengths = checkpoint["csvLengths"]
     results = [checkpoint["best"], checkpoint.get("val"), checkpoint.get("test")]
     return (lengths.keys() <= set(CSVS) and all(type(n) is int and n >= 0 for n in lengths.values())
             and isinstance(checkpoint.get("csvDigests", {}), dict)
             and all(type(v) in (int, float) for v in checkpoint["mean"] + checkpoint["std"])
-            and all(result is None or has(result, {"error": (int, float)}) for result in results)
+            and all(result is None or has_entries(result, {"error": (int, float)}) for result in results)
             and (checkpoint["best"] is None or type(checkpoint["best"].get("epoch")) is int)
             and (checkpoint["best"] is not None or checkpoint["epoch"] == 0)
             and checkpoint.get("path", "textbook") in ("textbook", "efficient", "max"))
 
 
 def epoch_of(checkpoint: dict[str, Any]) -> int:
+    """-> its epoch; -1 if the file, perhaps a stranger's, has none"""
     epoch = checkpoint.get("epoch")
     return epoch if type(epoch) is int else -1
 
 
-def is_log(path: Path) -> bool:
-    """Whether a CSV is a run's (or its beginning), with a header or, as the ancestor writes it, without."""
+def is_run_csv(path: Path) -> bool:
+    """Whether the file begins like a run's CSV, with the header (or a part of it) or, as the ancestor's, without."""
     with open(path, "rb") as file:
         first = file.readline(100)
     if CSV_HEADER.startswith(first):
@@ -351,10 +353,10 @@ def is_log(path: Path) -> bool:
 
 
 def check_csv(path: Path, length: int, digest: str | None, epoch: int) -> None:
-    """Raises RunError unless the file's first ``length`` bytes are the ones that the checkpoint of ``epoch`` saw.
+    """Raises RunError unless the file's first ``length`` bytes are those of the time when ``epoch`` was saved.
 
-    Checkpoints of version 1.0 have no digest. There the cut must fall at a line's end and leave a whole number of rows
-    for each epoch.
+    Checkpoints of version 1.0 have no digest. For these the bytes must end with a line, and the number of rows must be
+    a multiple of the epochs.
     """
     try:
         with open(path, "rb") as file:
@@ -370,8 +372,8 @@ def check_csv(path: Path, length: int, digest: str | None, epoch: int) -> None:
         same = hashlib.sha256(content).hexdigest() == digest
     else:
         rows = content.count(b"\n") - 1
-        whole = rows in (0, 1, epoch) if path.name == "test.csv" else rows % max(epoch, 1) == 0
-        same = content.endswith(b"\n") and whole
+        fits = rows in (0, 1, epoch) if path.name == "test.csv" else rows % max(epoch, 1) == 0
+        same = content.endswith(b"\n") and fits
     if not same:
         raise RunError(f"{path} was changed after the checkpoint was saved, perhaps by a program that saved it again; "
                        "put the original file back, or start again with --overwrite or another --save")
