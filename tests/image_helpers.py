@@ -1,4 +1,4 @@
-"""What the tests of reading images and of batches share."""
+"""What the tests of data sets and batches share."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,13 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def noise(n, height=32, width=32, channels=3):
+    """-> uint8 (n, channels, height, width), random from 1 to 255: no pixel is black"""
     return torch.from_numpy(np.random.default_rng(1).integers(1, 256, (n, channels, height, width), dtype=np.uint8))
 
 
-def refused(dataset, folder, **settings):
-    """-> the one line that load() refuses the data with"""
-    with pytest.raises(data.DataError) as refusal:
+def load_error(dataset, folder, **settings):
+    """-> the one-line message with which data.load refuses the data"""
+    with pytest.raises(data.DataError) as raised:
         data.load(dataset, str(folder), **settings)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)

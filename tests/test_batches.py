@@ -1,5 +1,6 @@
-"""batches.py: an epoch's random numbers, and what a training batch is."""
+"""batches.py: an epoch's random numbers, and the content of batches."""
 
+import itertools
 import random
 
 import numpy as np
@@ -21,6 +22,13 @@ def batches_of(images, mean=None, std=None, **more):
     return Batches(image_set(images), mean or [0.0] * channels, std or [1.0] * channels, torch.device("cpu"), **more)
 
 
+def every_crop(batches):
+    """For every offset up to 4 pixels, with and without flip: dy, dx, flip, and images 0 and 1 cropped by them."""
+    for dy, dx, flip in itertools.product(range(-4, 5), range(-4, 5), (False, True)):
+        yield dy, dx, flip, batches.crop(torch.arange(2), torch.tensor([dy] * 2), torch.tensor([dx] * 2),
+                                         torch.tensor([flip] * 2))
+
+
 # --- the random numbers of an epoch -----------------------------------------------------------------------------
 
 def test_every_offset_and_flip_occurs_equally_often():
@@ -33,27 +41,27 @@ def test_every_offset_and_flip_occurs_equally_often():
     assert 90 < chi2 < 250 and counts.min() > 0
 
 
-def test_every_epoch_and_seed_draws_anew_and_the_same_again():
+def test_every_seed_and_epoch_has_its_own_numbers_each_time_the_same():
     epochs = {(seed, epoch): draw(1000, seed, epoch) for seed in (0, 1) for epoch in (1, 2)}
     for i, field in enumerate(Augmentation._fields):
         assert len({tuple(drawn[i].tolist()) for drawn in epochs.values()}) == 4, field
     assert all(torch.equal(a, b) for a, b in zip(draw(1000, 1, 2), epochs[1, 2], strict=True))
     seeds = {epoch_seed(seed, epoch) for seed in range(50) for epoch in range(1, 301)}
     assert len(seeds) == 50 * 300 and epoch_seed(1, 2) == 1_000_005
-    assert epoch_seed(2**32 - 1, 10**6) < 2**63  # what a generator takes
+    assert epoch_seed(2**32 - 1, 10**6) < 2**63  # a generator's largest seed
 
 
 def test_dropout_has_a_seed_that_no_other_epoch_rank_or_permutation_of_the_run_has():
-    """Nor the same low 32 bits, which are all that torch's generator on the CPU takes of a seed."""
+    """Their low 32 bits, all that torch's CPU generator reads of a seed, differ as well."""
     for seed in (0, 1, 4321, 2**32 - 1):
         for epochs, ranks in ((range(1, 1001), range(64)), (range(10**6 - 20, 10**6 + 1), range(4095))):
             used = [dropout_seed(seed, epoch, rank) for epoch in epochs for rank in ranks]
             used += [epoch_seed(seed, epoch) for epoch in epochs]
             assert len(set(used)) == len(used) == len({value % 2**32 for value in used})
-    assert dropout_seed(2**32 - 1, 10**6, 10**5) < 2**63  # what every generator takes
+    assert dropout_seed(2**32 - 1, 10**6, 10**5) < 2**63  # every generator's largest seed
 
 
-def test_dropout_of_a_run_has_no_seed_in_common_with_the_permutations_of_any_other():
+def test_no_runs_dropout_has_the_seed_of_any_runs_permutation():
     drawn = np.random.default_rng(0)
     seeds = [0, 1, 2, 2**32 - 1, *drawn.integers(0, 2**32, 400).tolist()]
     epochs = [1, 2, 300, 10**6, *drawn.integers(1, 10**6, 100).tolist()]
@@ -63,8 +71,7 @@ def test_dropout_of_a_run_has_no_seed_in_common_with_the_permutations_of_any_oth
     assert min(dropout) > epoch_seed(2**32 - 1, 10**6)  # hence for all of them
 
 
-def test_random_numbers_neither_depend_on_nor_change_torchs_own(monkeypatch):
-    """Neither torch's global generator, nor the thread count, nor what was drawn before has a say, nor notices."""
+def test_drawing_neither_depends_on_global_generators_and_threads_nor_changes_them():
     expected = draw(500, 1, 1)
     torch.manual_seed(5)
     random.seed(5)
@@ -79,8 +86,7 @@ def test_random_numbers_neither_depend_on_nor_change_torchs_own(monkeypatch):
     assert all(r.device.type == "cpu" for r in drawn)
 
 
-def test_an_image_has_its_crop_whatever_batch_it_is_in():
-    """Hence also whatever process has it: the numbers belong to the image, not to the step."""
+def test_an_images_crop_does_not_depend_on_batch_size_and_rank():
     batches, drawn = batches_of(noise(21)), draw(21, 1, 1)
     [(images, labels, _)] = batches.augmented(drawn, 21)
     for size in (1, 4, 20):
@@ -88,7 +94,7 @@ def test_an_image_has_its_crop_whatever_batch_it_is_in():
         assert [len(labels) for _, labels, _ in parts] == [size] * (21 // size) + [21 % size] * (21 % size > 0)
         assert torch.equal(torch.cat([p[0] for p in parts]), images)
         assert torch.equal(torch.cat([p[1] for p in parts]), labels)
-    for rank in range(2):  # every other image of each batch of 4; the last one, of 1, has joined the one before
+    for rank in range(2):  # every other image of each batch of 4; the last image has joined the batch before
         mine = torch.cat([torch.arange(*batch)[rank::2] for batch in ((0, 4), (4, 8), (8, 12), (12, 16), (16, 21))])
         assert torch.equal(torch.cat([p[0] for p in batches.augmented(drawn, 4, rank, 2)]), images[mine])
 
@@ -110,10 +116,10 @@ def test_every_image_is_seen_once_by_any_number_of_processes(n, processes):
     sizes = batch_sizes(n, batchSz, processes)
     for parts in ([list(batches.augmented(drawn, batchSz, rank, processes)) for rank in range(processes)],
                   [list(batches.plain(batchSz, drawn.order, rank, processes)) for rank in range(processes)]):
-        if n >= processes:  # or DistributedDataParallel would wait for the process without an image
+        if n >= processes:  # DistributedDataParallel would wait for a process without images
             assert {len(part) for part in parts} == {len(sizes)}
             assert [sum(len(labels) for _, labels, _ in step) for step in zip(*parts, strict=True)] == sizes
-            assert all([size for _, _, size in part] == sizes for part in parts)  # over all ranks
+            assert all([size for _, _, size in part] == sizes for part in parts)
         assert all(len(labels) for part in parts for _, labels, _ in part)
         labels = torch.cat([labels for part in parts for _, labels, _ in part])
         assert labels.bincount(minlength=10).equal(batches.labels.bincount(minlength=10)) and len(labels) == n
@@ -133,42 +139,33 @@ def test_a_remainder_is_a_batch_of_its_own_or_joins_the_one_before(n, batchSz, p
 # --- crop and flip ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("height, width, channels", [(32, 32, 3), (12, 20, 1)])
-def test_crop_is_what_torchvision_does(height, width, channels):
-    """Every offset and flip: pad by 4 with black, crop, flip, and only then normalise."""
+def test_a_crop_is_the_same_as_torchvisions(height, width, channels):
+    """Which is to pad by 4 with black, crop, flip, and normalise, in this order."""
     images = noise(2, height, width, channels)
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
-    batches = batches_of(images, mean, std)
-    for dy in range(-4, 5):
-        for dx in range(-4, 5):
-            for flip in (False, True):
-                got = batches.crop(torch.arange(2), torch.tensor([dy] * 2), torch.tensor([dx] * 2),
-                                   torch.tensor([flip] * 2))
-                want = vision.crop(vision.pad(images, [4]), 4 + dy, 4 + dx, height, width)
-                want = vision.hflip(want) if flip else want
-                want = vision.normalize(want.float() / 255, mean, std)
-                assert got.shape == want.shape and (got - want).abs().max() < 1e-6
+    for dy, dx, flip, got in every_crop(batches_of(images, mean, std)):
+        want = vision.crop(vision.pad(images, [4]), 4 + dy, 4 + dx, height, width)
+        want = vision.hflip(want) if flip else want
+        want = vision.normalize(want.float() / 255, mean, std)
+        assert got.shape == want.shape and (got - want).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("height, width, channels", [(32, 32, 3), (16, 24, 1)])
 def test_mean_border_is_zero_after_normalising(height, width, channels):
-    """As the authors' code does it: normalise, then pad by zeros and crop; exactly, inside as with a black border."""
+    """As in the authors' code: normalise, pad with exact zeros, crop. The image itself is the same as with "black"."""
     images = noise(2, height, width, channels)
-    images[1] = 0  # black itself is no border
+    images[1] = 0  # black pixels inside the image must not be taken for the border
     mean, std = [0.49139968, 0.48215827, 0.44653124][:channels], [0.24703233, 0.24348505, 0.26158768][:channels]
     black, by_mean = batches_of(images, mean, std), batches_of(images, mean, std, border="mean")
     normalised = black.crop(torch.arange(2), *[torch.zeros(2, dtype=torch.long)] * 2, torch.zeros(2).bool())
-    for dy in range(-4, 5):
-        for dx in range(-4, 5):
-            for flip in (False, True):
-                got = by_mean.crop(torch.arange(2), torch.tensor([dy] * 2), torch.tensor([dx] * 2),
-                                   torch.tensor([flip] * 2))
-                want = vision.crop(vision.pad(normalised, [4]), 4 + dy, 4 + dx, height, width)
-                assert got.equal(vision.hflip(want) if flip else want)
-    for (a, labels, _), (b, same, _) in zip(black.plain(1), by_mean.plain(1), strict=True):  # no border
+    for dy, dx, flip, got in every_crop(by_mean):
+        want = vision.crop(vision.pad(normalised, [4]), 4 + dy, 4 + dx, height, width)
+        assert got.equal(vision.hflip(want) if flip else want)
+    for (a, labels, _), (b, same, _) in zip(black.plain(1), by_mean.plain(1), strict=True):  # without crop
         assert a.equal(b) and labels.equal(same)
 
 
-def test_the_border_is_black_unless_told_otherwise():
+def test_the_default_border_is_black_and_an_unknown_one_is_refused():
     images, drawn = noise(20), draw(20, 1, 1)
     default, black, mean = (next(batches_of(images, [0.5] * 3, [0.2] * 3, **border).augmented(drawn, 20))[0]
                             for border in ({}, {"border": "black"}, {"border": "mean"}))
@@ -189,7 +186,7 @@ def test_padding_grows_with_the_image(size, padding):
 def test_pixels_never_wrap_and_padding_is_black_before_normalising():
     white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
     batches = batches_of(white, [0.5] * 3, [0.25] * 3)
-    middle = torch.tensor([1])  # it has neighbours whose pixels must not come in
+    middle = torch.tensor([1])  # pixels of its neighbours must not appear
     for dy, dx, flip in [(4, 0, 0), (-4, 0, 0), (0, 4, 0), (0, -4, 1), (3, -2, 1)]:
         image = batches.crop(middle, torch.tensor([dy]), torch.tensor([dx]), torch.tensor([bool(flip)]))[0]
         black = image == (0 - 0.5) / 0.25

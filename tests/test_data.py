@@ -1,4 +1,4 @@
-"""data.py: what it reads of CIFAR and SVHN, and what it refuses."""
+"""data.py: reading CIFAR and SVHN, and refusing files that are damaged, missing or not regular."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from common import RECORD, SAMPLE, cut_sample
-from image_helpers import CLASSES, refused
+from image_helpers import CLASSES, load_error
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from lib import data
@@ -21,7 +21,7 @@ FINE = [f"fine_{i:02}" for i in range(100)]
 
 
 def made_up(n, seed=0):
-    """n records of the binary version: labels and pixels at random"""
+    """-> (n, RECORD): records of the binary version with random labels and pixels"""
     records = np.random.default_rng(seed).integers(0, 256, (n, RECORD), dtype=np.uint8)
     records[:, 0] %= 10
     return records
@@ -61,10 +61,13 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def bad_label(path):
-    content = bytearray(path.read_bytes())
-    content[RECORD] = 10
-    path.write_bytes(content)
+def put(position, value):
+    """-> a function that sets this byte of a file"""
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[position] = value
+        path.write_bytes(content)
+    return damage
 
 
 def make_folder(path):
@@ -79,7 +82,7 @@ def grow_to_full_size(path):
 @pytest.mark.parametrize("name", ["data_batch_2.bin", "test_batch.bin"])
 @pytest.mark.parametrize("damage, said", [
     (truncate, "has 6145 bytes; valid is a multiple of 3073"),
-    (bad_label, "record 1: label 10; valid is 0 to 9"),
+    (put(RECORD, 10), "record 1: label 10; valid is 0 to 9"),
     (lambda path: os.truncate(path, 0), "has 0 bytes"),
     (lambda path: path.unlink(), "is missing"),
     (make_folder, ""),
@@ -87,7 +90,7 @@ def grow_to_full_size(path):
 def test_a_damaged_binary_file_is_named(tmp_path, name, damage, said):
     write_binary(tmp_path / "d", train=(2, 2, 2), test=2)
     damage(tmp_path / "d" / name)
-    message = refused("cifar10", tmp_path / "d")
+    message = load_error("cifar10", tmp_path / "d")
     assert f"{tmp_path}/d/{name}" in message and said in message
 
 
@@ -105,7 +108,7 @@ def test_full_size_files_need_the_published_sums(tmp_path, monkeypatch):
     kind = data.CIFAR["cifar10"]
     monkeypatch.setitem(kind.files, "test_batch.bin", (len(content), hashlib.md5(content).hexdigest()))
     assert len(data.read_records(kind, folder / "test_batch.bin")[1]) == 10_000
-    (folder / "test_batch.bin").write_bytes(content[:-1] + b"\1")  # one bit
+    (folder / "test_batch.bin").write_bytes(content[:-1] + b"\1")  # one bit differs
     with pytest.raises(data.DataError, match="MD5"):
         data.read_records(kind, folder / "test_batch.bin")
 
@@ -113,7 +116,7 @@ def test_full_size_files_need_the_published_sums(tmp_path, monkeypatch):
 # --- the python version -----------------------------------------------------------------------------------------
 
 def write_python(folder, monkeypatch, reader=CIFAR10, n=2):
-    """The pickled layout, its sums in the place of the published ones -> its records as in the binary version"""
+    """Writes the pickled layout, and has its MD5 sums taken for the published ones -> training, test records"""
     folder.mkdir(parents=True)
     label, classes = ("labels", CLASSES) if reader is CIFAR10 else ("fine_labels", FINE)
     names = [name for name, _ in [*reader.train_list, *reader.test_list]]
@@ -133,7 +136,7 @@ def write_python(folder, monkeypatch, reader=CIFAR10, n=2):
 
 @pytest.mark.parametrize("dataset, reader, classes", [("cifar10", CIFAR10, CLASSES), ("cifar100", CIFAR100, FINE)])
 @pytest.mark.parametrize("own", [False, True])
-def test_python_version_gives_what_the_binary_one_does(tmp_path, monkeypatch, dataset, reader, classes, own):
+def test_the_python_version_gives_the_same_as_the_binary_one(tmp_path, monkeypatch, dataset, reader, classes, own):
     folder = tmp_path / reader.base_folder
     expected = write_python(folder, monkeypatch, reader)
     for images, records in zip(data.load(dataset, str(folder if own else tmp_path)), expected, strict=True):
@@ -166,24 +169,24 @@ def test_download_arrives_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
         os.mkdir(f"{self.root}/cifar-10-batches-py")
         raise KeyboardInterrupt
 
-    def refused(self):
+    def fail(self):
         raise OSError("no\nnetwork")
 
     def complete(self):
         print("torchvision's chatter")
-        assert socket.getdefaulttimeout() == 30  # a silent server is given up
+        assert socket.getdefaulttimeout() == 30  # seconds after which a silent server is given up
         if not self._check_integrity():
             os.rename(tmp_path / "server", f"{self.root}/cifar-10-batches-py")
 
     monkeypatch.setattr(CIFAR10, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load("cifar10", "new/data")
-    monkeypatch.setattr(CIFAR10, "download", refused)
+    monkeypatch.setattr(CIFAR10, "download", fail)
     with pytest.raises(data.DataError, match=r"no CIFAR-10 in new/data.*\(no\).*cifar-10-batches-bin.*--data tests/c"):
         data.load("cifar10", "new/data")
     with pytest.raises(data.DataError, match=r"^no CIFAR-100 in new/data.*\(no\); put cifar-100-binary or cifar-100-p"):
         data.load("cifar100", "new/data")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["server"]  # nothing is left of any
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["server"]  # no remains of the three
     monkeypatch.setattr(CIFAR10, "download", complete)
     assert len(data.load("cifar10", "new/data")[0].images) == 10
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*/*")] == ["new/data/cifar-10-batches-py"]
@@ -193,11 +196,11 @@ def test_download_arrives_whole_or_not_at_all(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("dataset", data.DATASETS)
 def test_a_file_in_the_place_of_the_data_directory_is_refused(tmp_path, dataset):
     (tmp_path / "f").write_text("")
-    assert "f is not a directory" in refused(dataset, tmp_path / "f")
+    assert "f is not a directory" in load_error(dataset, tmp_path / "f")
 
 
 def test_an_unknown_data_set_is_refused_with_the_valid_ones(tmp_path):
-    assert "mnist is no data set; valid are cifar10, cifar100, svhn, folder" in refused("mnist", tmp_path)
+    assert "mnist is no data set; valid are cifar10, cifar100, svhn, folder" in load_error("mnist", tmp_path)
 
 
 # --- CIFAR-100's binary version ---------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def write_cifar100(folder, train=5, test=3):
     for name, n in (("train.bin", train), ("test.bin", test)):
         files[name] = np.random.default_rng(n).integers(0, 256, (n, 3074), dtype=np.uint8)
         files[name][:, 0] %= 20
-        files[name][:, 1] = (files[name][:, 1] % 80) + 20  # never a coarse one
+        files[name][:, 1] = (files[name][:, 1] % 80) + 20  # no coarse label has these values
         files[name].tofile(folder / name)
     return files.values()
 
@@ -222,14 +225,6 @@ def test_cifar100_has_the_fine_labels(tmp_path, where):
         assert images.labels.tolist() == records[:, 1].tolist() and images.classes == FINE
         assert images.labels.dtype == torch.int64 and images.images.dtype == torch.uint8
         assert np.array_equal(images.images.numpy(), records[:, 2:].reshape(-1, 3, 32, 32))
-
-
-def put(position, value):
-    def damage(path):
-        content = bytearray(path.read_bytes())
-        content[position] = value
-        path.write_bytes(content)
-    return damage
 
 
 @pytest.mark.parametrize("name, damage, said", [
@@ -247,15 +242,15 @@ def put(position, value):
 def test_damaged_cifar100_is_named(tmp_path, name, damage, said):
     write_cifar100(tmp_path / "d")
     damage(tmp_path / "d" / name)
-    message = refused("cifar100", tmp_path / "d")
-    named = "train.bin" if "153700000" in said else name  # the one that is not complete while the other is
+    message = load_error("cifar100", tmp_path / "d")
+    named = "train.bin" if "153700000" in said else name  # test.bin has its full size there: train.bin is too small
     assert f"{tmp_path}/d/{named}" in message and said in message
 
 
 # --- SVHN -------------------------------------------------------------------------------------------------------
 
 def write_svhn(folder, sizes, **changes):
-    """Files as published: images (32, 32, 3, n), the digit 0 labelled 10 -> images (n, 3, 32, 32), digits"""
+    """Writes files as published: images (32, 32, 3, n), label 10 for the digit 0 -> images (n, 3, 32, 32), digits"""
     scipy_io = pytest.importorskip("scipy.io")
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -277,7 +272,7 @@ def test_svhn_is_read_with_and_without_its_extra_images(tmp_path, extra):
         assert np.array_equal(images.images.numpy(), pixels) and images.labels.tolist() == digits.tolist()
         assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64
         assert images.images.is_contiguous() and images.classes == list("0123456789")
-    assert 0 in train.labels  # which the file has as 10
+    assert 0 in train.labels  # 10 in the file
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -291,7 +286,7 @@ def test_svhn_is_read_with_and_without_its_extra_images(tmp_path, extra):
 def test_wrong_svhn_is_named(tmp_path, changes, said):
     write_svhn(tmp_path, {"train": 4})
     write_svhn(tmp_path, {"test": 4}, **changes)
-    message = refused("svhn", tmp_path)
+    message = load_error("svhn", tmp_path)
     assert f"{tmp_path}/test_32x32.mat" in message and said in message
 
 
@@ -301,7 +296,7 @@ def test_wrong_svhn_is_named(tmp_path, changes, said):
 def test_damaged_svhn_is_named(tmp_path, damage):
     write_svhn(tmp_path, {"train": 4, "test": 4})
     damage(tmp_path / "train_32x32.mat")
-    message = refused("svhn", tmp_path)
+    message = load_error("svhn", tmp_path)
     assert f"{tmp_path}/train_32x32.mat cannot be read (" in message
 
 
@@ -309,13 +304,13 @@ def test_svhn_of_the_published_size_needs_the_published_sum(tmp_path, monkeypatc
     write_svhn(tmp_path, {"train": 4, "test": 4})
     path = tmp_path / "train_32x32.mat"
     monkeypatch.setitem(data.SVHN_FULL_BYTES, "train", path.stat().st_size)
-    assert f"{path} is damaged: its MD5 sum is" in refused("svhn", tmp_path)
+    assert f"{path} is damaged: its MD5 sum is" in load_error("svhn", tmp_path)
     url, name, _ = SVHN.split_list["train"]
     monkeypatch.setitem(SVHN.split_list, "train", [url, name, hashlib.md5(path.read_bytes()).hexdigest()])
     assert len(data.load("svhn", str(tmp_path))[0].images) == 4
 
 
-def test_svhn_downloads_what_is_missing_and_that_whole(tmp_path, monkeypatch):
+def test_svhn_downloads_missing_files_completely_or_not_at_all(tmp_path, monkeypatch):
     write_svhn(tmp_path / "server", {"train": 4, "test": 3, "extra": 2})
     asked, broken = [], {"extra_32x32.mat"}
 
@@ -332,7 +327,7 @@ def test_svhn_downloads_what_is_missing_and_that_whole(tmp_path, monkeypatch):
     root = tmp_path / "data"
     assert [len(part.images) for part in data.load("svhn", str(root))] == [4, 3]
     assert asked == ["train_32x32.mat", "test_32x32.mat"]
-    message = refused("svhn", root, extra=True)
+    message = load_error("svhn", root, extra=True)
     assert f"no SVHN in {root}" in message and "(connection); put extra_32x32.mat there" in message
     assert sorted(p.name for p in root.iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
     broken.clear()
@@ -342,13 +337,14 @@ def test_svhn_downloads_what_is_missing_and_that_whole(tmp_path, monkeypatch):
 def test_svhn_without_scipy_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert "pip install 'densenet-pytorch[svhn]'" in refused("svhn", tmp_path)
+    assert "pip install 'densenet-pytorch[svhn]'" in load_error("svhn", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 # --- the test images alone --------------------------------------------------------------------------------------
 
 def without_training_images(folder, names):
+    """Damages these files, yields, removes them, and yields again."""
     for damage in (lambda path: path.write_bytes(b"broken"), lambda path: path.unlink()):
         for name in names:
             damage(folder / name)
@@ -386,7 +382,7 @@ def test_test_images_alone_of_svhn(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
-def test_nothing_is_downloaded_where_it_may_not(tmp_path, monkeypatch, dataset):
+def test_nothing_is_downloaded_if_download_is_false(tmp_path, monkeypatch, dataset):
     pytest.importorskip("scipy.io")
     monkeypatch.setattr(CIFAR10, "download", lambda *_: pytest.fail("a download"))
     monkeypatch.setattr(data, "download_url", lambda *_: pytest.fail("a download"))
@@ -396,13 +392,13 @@ def test_nothing_is_downloaded_where_it_may_not(tmp_path, monkeypatch, dataset):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what is no file --------------------------------------------------------------------------------------------
+# --- pipes and devices ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dataset, name", [
     ("cifar10", "test_batch.bin"), ("cifar10", "cifar-10-batches-py/test_batch"), ("cifar100", "test.bin"),
     ("cifar100", "fine_label_names.txt"), ("svhn", "test_32x32.mat")])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
-def test_pipes_and_devices_are_not_waited_for(tmp_path, monkeypatch, dataset, name, make):
+def test_pipes_and_devices_are_refused_unread(tmp_path, monkeypatch, dataset, name, make):
     if "py/" in name:
         write_python(tmp_path / "cifar-10-batches-py", monkeypatch)
     else:
@@ -411,7 +407,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path, monkeypatch, dataset, na
     folder = tmp_path if "py/" in name else tmp_path / "d"
     (folder / name).unlink()
     make(folder / name)
-    assert f"{folder / name} cannot be read (it is not a regular file)" in refused(dataset, folder)
+    assert f"{folder / name} cannot be read (it is not a regular file)" in load_error(dataset, folder)
 
 
 def test_cut_sample_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""image_folder.py: what it reads of a folder of images, and what it refuses."""
+"""image_folder.py: reading a folder of images, and refusing what it cannot read."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as vision
-from common import SAMPLE
-from image_helpers import refused
+from common import SAMPLE, one_line
+from image_helpers import load_error
 from PIL import EpsImagePlugin, Image
 
 from lib import data, image_folder
@@ -19,14 +19,14 @@ from lib import data, image_folder
 
 @pytest.fixture(scope="module")
 def photographs():
-    """The first images of the sample's classes: {class: PIL images of 32x32}"""
+    """-> class name: PIL images, the first four of 32x32 of the sample's test images"""
     _, test = data.load("cifar10", str(SAMPLE))
     return {name: [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in test.images[test.labels == i][:4]]
             for i, name in enumerate(test.classes)}
 
 
 def write_folder(root, photographs, gray=("cat/2.png",), test="test"):
-    """root/train and root/test: cats and dogs of mixed sizes, as png and jpeg -> number of images of each"""
+    """Writes root/train and root/test: cats and dogs of mixed sizes, as png and jpeg -> root"""
     for name in ("cat", "dog"):
         for i, image in enumerate(photographs[name]):
             path = root / ("train" if i < 3 else test) / name / f"{i}.{('png', 'JPG', 'png', 'jpeg')[i]}"
@@ -54,11 +54,10 @@ def test_images_of_mixed_sizes_and_kinds_are_read_by_class(tmp_path, photographs
     assert torch.equal(again.images, train.images)
 
 
-def told(capsys):
-    """-> the one line on stderr, without its beginning"""
+def line_on_stderr(capsys):
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("train.py: ") and err.count("\n") == 1
-    return err.removeprefix("train.py: ").rstrip()
+    assert out == ""
+    return one_line(err, "train.py: ").removeprefix("train.py: ").rstrip()
 
 
 def test_images_in_subfolders_of_a_class_are_read(tmp_path, photographs, capsys):
@@ -71,7 +70,7 @@ def test_images_in_subfolders_of_a_class_are_read(tmp_path, photographs, capsys)
     for hidden in ("train/cat/.trash", "train/cat/a/.git"):
         (deep / hidden).mkdir()
         shutil.copy(deep / "train/dog/a/0.png", deep / hidden)
-    (deep / "train/cat/a/loop").symlink_to(deep / "train/cat")  # which leads to itself
+    (deep / "train/cat/a/loop").symlink_to(deep / "train/cat")  # a folder above the link
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(deep / "train/dog/z/2.png", tmp_path / "elsewhere/9.png")
     for images, same in zip(data.load("folder", str(deep)), data.load("folder", str(flat)), strict=True):
@@ -90,7 +89,7 @@ def test_jpegs_under_other_endings_are_read(tmp_path, photographs):
     assert data.load("folder", str(root))[0].images.equal(expected.images)
 
 
-def test_what_is_passed_over_is_counted_in_one_line(tmp_path, photographs, capsys, monkeypatch):
+def test_files_of_other_kinds_are_counted_in_one_line(tmp_path, photographs, capsys, monkeypatch):
     root = write_folder(tmp_path / "d", photographs)
     (root / "train/cat/more").mkdir()
     for name in ("train/cat/a.gif", "train/cat/more/b.GIF", "test/dog/c.gif", "train/dog/d.avif", "train/dog/e.avif",
@@ -102,14 +101,15 @@ def test_what_is_passed_over_is_counted_in_one_line(tmp_path, photographs, capsy
     (root / "train/cat/device.png").symlink_to("/dev/zero")
     train, _ = data.load("folder", str(root))
     assert len(train.images) == 6
-    assert told(capsys) == (f"passed over in {root}: 3 .gif, 2 .avif, 1 .png in no class folder, 1 without an ending; "
-                            f"images are {', '.join(image_folder.ENDINGS)} in class folders")
+    assert line_on_stderr(capsys) == (
+        f"passed over in {root}: 3 .gif, 2 .avif, 1 .png in no class folder, 1 without an ending; "
+        f"images are {', '.join(image_folder.ENDINGS)} in class folders")
     monkeypatch.setenv("RANK", "1")
     data.load("folder", str(root))
     assert capsys.readouterr().err == ""
 
 
-def test_kaggles_layout_has_its_classes_in_val(tmp_path, photographs, capsys):
+def test_val_is_read_if_test_has_no_class_folders_as_in_kaggles_layout(tmp_path, photographs, capsys):
     root = write_folder(tmp_path / "d", photographs, test="val")
     for hidden_labels in ("test", "test/unknown"):
         (root / hidden_labels).mkdir()
@@ -121,7 +121,7 @@ def test_kaggles_layout_has_its_classes_in_val(tmp_path, photographs, capsys):
         assert capsys.readouterr().err == line * 2
     shutil.rmtree(root / "val/dog")
     shutil.rmtree(root / "val/cat")
-    assert "d/test need the same classes; in only one: cat, dog, unknown" in refused("folder", root)
+    assert "d/test need the same classes; in only one: cat, dog, unknown" in load_error("folder", root)
 
 
 def test_classes_that_differ_only_in_unicode_normalisation_are_one(tmp_path, photographs):
@@ -152,20 +152,19 @@ def test_test_images_are_read_without_the_training_images(tmp_path, photographs)
         data.load_test("folder", str(root))
 
 
-def test_folder_keeps_images_that_have_the_size(tmp_path, photographs):
+def test_images_of_the_right_size_are_not_changed(tmp_path, photographs):
     root = write_folder(tmp_path / "d", photographs)
     train, _ = data.load("folder", str(root))
     assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), np.asarray(photographs["cat"][0]))
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_folder_resizes_and_crops_as_torchvision_does(tmp_path, photographs, at):
+@pytest.mark.parametrize("file, part, i", [("train/dog/1.JPG", 0, 4), ("train/dog/2.png", 0, 5),
+                                           ("test/dog/3.jpeg", 1, 1)])
+def test_images_are_resized_and_cropped_as_by_torchvision(tmp_path, photographs, file, part, i):
     root = write_folder(tmp_path / "d", photographs)
-    train, test = data.load("folder", str(root), imageSize=20)
-    file, got = [None, ("train/dog/1.JPG", train.images[4]), ("train/dog/2.png", train.images[5]),
-                 ("test/dog/3.jpeg", test.images[1])][at]
+    got = data.load("folder", str(root), imageSize=20)[part].images[i]
     want = vision.pil_to_tensor(vision.center_crop(vision.resize(Image.open(root / file), 20), 20))
-    inner = (slice(None), slice(2, -2), slice(2, -2))  # torchvision's outermost pixels see what the crop cuts off
+    inner = (slice(None), slice(2, -2), slice(2, -2))  # torchvision resizes before it crops: pixels at the edge differ
     assert (got.int() - want.int())[inner].abs().max() <= 1
 
 
@@ -175,7 +174,7 @@ def test_any_shape_is_brought_to_the_size(tmp_path, photographs, size):
     assert image_folder.decode_image(tmp_path / "0.png", 16).shape == (3, 16, 16)
 
 
-def test_a_folder_of_grayscale_images_alone_has_one_channel(tmp_path, photographs):
+def test_a_folder_of_only_grayscale_images_has_one_channel(tmp_path, photographs):
     gray = [f"{name}/{file}" for name in ("cat", "dog") for file in ("0.png", "1.JPG", "2.png", "3.jpeg")]
     train, test = data.load("folder", str(write_folder(tmp_path / "d", photographs, gray)))
     assert train.images.shape == (6, 1, 32, 32) and test.images.shape == (2, 1, 32, 32)
@@ -186,7 +185,7 @@ def test_a_folder_of_grayscale_images_alone_has_one_channel(tmp_path, photograph
 
 
 def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
-    """16 bits, palette, transparency, CMYK, bmp, tiff, and a camera held upright"""
+    """16 bits, palette, transparency, CMYK, several formats, and an orientation in the EXIF data"""
     image = photographs["cat"][0]
     for name in ("a.jfif", "a.JPE", "a.jpeg"):
         image.save(tmp_path / name, format="JPEG")
@@ -195,10 +194,10 @@ def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
     saved = {"16.png": Image.fromarray(deep), "palette.png": image.quantize(256), "alpha.png": image.convert("RGBA"),
              "cmyk.jpg": image.convert("CMYK"), "b.bmp": image, "t.tiff": image, "w.webp": image, "p.ppm": image,
              "16.tif": Image.fromarray(deep), "1.png": image.convert("1"), "la.png": image.convert("LA")}
-    for name, one in saved.items():
-        one.save(tmp_path / name, **({"lossless": True} if name == "w.webp" else {}))
+    for name, picture in saved.items():
+        picture.save(tmp_path / name, lossless=True)  # which only WebP knows
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn it by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
     image.rotate(90).save(tmp_path / "turned.png", exif=exif)
     want, gray = np.asarray(image).transpose(2, 0, 1), np.asarray(image.convert("L"))[None]
     for name in ["alpha.png", "b.bmp", "t.tiff", "w.webp", "p.ppm", "turned.png"]:
@@ -211,18 +210,15 @@ def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
         assert got.shape == want.shape and np.abs(got.astype(int) - want).mean() < 12, name
 
 
-def write(content):
-    return lambda path: path.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage", [
-    write(b""), write(b"no image"), write(b"\x89PNG\r\n\x1a\n"),
-    lambda path: os.truncate(path, path.stat().st_size // 2)], ids=["empty", "text", "head", "half"])
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no image"),
+    lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), lambda path: os.truncate(path, path.stat().st_size // 2)],
+    ids=["empty", "text", "head", "half"])
 @pytest.mark.parametrize("name", ["train/dog/1.JPG", "test/cat/3.jpeg", "train/cat/0.png"])
 def test_broken_image_is_named(tmp_path, photographs, name, damage):
     root = write_folder(tmp_path / "d", photographs)
     damage(root / name)
-    assert f"{root / name} cannot be decoded (" in refused("folder", root)
+    assert f"{root / name} cannot be decoded (" in load_error("folder", root)
 
 
 @pytest.mark.parametrize("n, more", [(1, ""), (5, ""), (6, "; and 1 more"), (30, "; and 25 more")])
@@ -231,7 +227,7 @@ def test_of_many_broken_images_the_first_five_are_named(tmp_path, photographs, n
     broken = [root / f"train/dog/broken{i:02}.png" for i in range(n)]
     for path in broken:
         path.write_text("no image")
-    message = refused("folder", root)
+    message = load_error("folder", root)
     said = " cannot be decoded (it is no JPEG, PNG, WEBP, BMP, TIFF or PPM)"
     assert message == "; ".join(f"{path}{said}" for path in broken[:5]) + more
 
@@ -248,7 +244,7 @@ def test_too_large_a_picture_is_refused_plainly(tmp_path, monkeypatch, pillows_l
 
 @pytest.mark.slow
 def test_large_pictures_are_not_decoded_all_at_once(tmp_path, photographs):
-    """Four of 144 million pixels, by as many threads, fit into 1.2 GB."""
+    """Four pictures of 144 million pixels each, decoded by several threads, fit into 1.2 GB."""
     root = write_folder(tmp_path / "d", photographs)
     Image.new("L", (12_000, 12_000)).save(tmp_path / "large.png", compress_level=1)
     for i in range(4):
@@ -270,7 +266,7 @@ def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/sh\necho $0 $@ >> {tmp_path}/started\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow then searches PATH
     (tmp_path / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
     with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is no JPEG, PNG"):
         image_folder.decode_image(tmp_path / "0.png", 32)
@@ -294,7 +290,7 @@ def test_values_beyond_16_bits_are_refused_by_mode(tmp_path, photographs, pixels
     root = write_folder(tmp_path / "d", photographs)
     path = root / "train/cat/0.tif"
     Image.fromarray(pixels.reshape(32, 32)).save(path)
-    assert f"{path} {said}" in refused("folder", root)
+    assert f"{path} {said}" in load_error("folder", root)
 
 
 def test_32_bit_pictures_of_16_bit_values_are_read_as_such(tmp_path):
@@ -315,30 +311,30 @@ def test_32_bit_pictures_of_16_bit_values_are_read_as_such(tmp_path):
     (lambda root: (root / "train/cat/9.png").symlink_to("nothing"), "d/train/cat/9.png cannot be decoded"),
     (shutil.rmtree, "d has no folder train;"),
 ])
-def test_folder_that_is_no_data_set(tmp_path, photographs, change, said):
+def test_a_folder_that_is_not_a_data_set_is_refused(tmp_path, photographs, change, said):
     root = write_folder(tmp_path / "d", photographs)
     change(root)
-    assert said in refused("folder", root)
+    assert said in load_error("folder", root)
 
 
-def test_folder_val_in_the_place_of_test(tmp_path, photographs, capsys):
+def test_val_is_read_if_there_is_no_test(tmp_path, photographs, capsys):
     root = write_folder(tmp_path / "d", photographs, test="val")
     assert len(data.load("folder", str(root))[1].images) == 2 and capsys.readouterr().err == ""
     write_folder(root, {name: images[::-1] for name, images in photographs.items()})
     capsys.readouterr()
-    _, test = data.load("folder", str(root))  # test goes before val
-    assert told(capsys) == f"the test images are those of {root}/test; those of {root}/val are not read"
+    _, test = data.load("folder", str(root))  # has both: test is read
+    assert line_on_stderr(capsys) == f"the test images are those of {root}/test; those of {root}/val are not read"
     assert torch.equal(test.images[0], image_folder.decode_image(root / "test/cat/3.jpeg", 32))
     assert not torch.equal(test.images[0], image_folder.decode_image(root / "val/cat/3.jpeg", 32))
 
 
-def test_folder_that_does_not_fit_is_refused_before_anything_is_decoded(tmp_path, photographs, monkeypatch):
+def test_images_that_do_not_fit_into_memory_are_refused_before_decoding(tmp_path, photographs, monkeypatch):
     root = write_folder(tmp_path / "d", photographs)
     (root / "train/cat/0.png").write_text("broken")
-    pages = 8 * 3 * 32 * 32 * 2  # decoded, and in training
+    pages = 8 * 3 * 32 * 32 * 2  # of one byte: the decoded images, and the copy for training
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages - 1}.get)
-    assert "8 images of 32x32 pixels need 0.0 GB of memory; this machine has 0.0 GB" in refused("folder", root)
+    assert "8 images of 32x32 pixels need 0.0 GB of memory; this machine has 0.0 GB" in load_error("folder", root)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
-    assert "cannot be decoded" in refused("folder", root)
+    assert "cannot be decoded" in load_error("folder", root)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "GB of memory" in refused("folder", root)
+    assert "GB of memory" in load_error("folder", root)

@@ -1,4 +1,4 @@
-"""image_set.py: choosing classes, holding out images, mean and deviation."""
+"""image_set.py: selecting classes, holding out images, mean and deviation, digest, channels."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,13 @@ from lib import data, image_set
 
 
 def numbered(labels, classes):
-    """An image set whose images say what number they have"""
+    """-> an image set in which all pixels of image i are i"""
     images = torch.arange(len(labels)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     return data.ImageSet(images, torch.tensor(labels), classes)
 
 
 def numbers(images):
+    """-> for each image of the set the i that it had in ``numbered``"""
     return images.images[:, 0, 0, 0].tolist()
 
 
@@ -31,7 +32,7 @@ def test_select_classes_in_the_order_of_the_names():
     (["a", "c"], "class c has no image; valid are a, b"), (["a"], r"\['a'\] are fewer than two; valid are two or more"),
     ([], r"\[\] are fewer than two"), (["A", "b"], "class A is unknown"),
 ])
-def test_classes_that_cannot_be_selected(names, said):
+def test_classes_that_cannot_be_selected_are_refused(names, said):
     with pytest.raises(data.DataError, match=said):
         data.select_classes(numbered([0, 1, 1, 0], ["a", "b", "c"]), names)
 
@@ -41,7 +42,7 @@ def test_a_class_is_found_whatever_its_unicode_normalisation():
     for of_the_set, typed in ((composed, decomposed), (decomposed, composed)):
         chosen = data.select_classes(numbered([0, 1, 2], ["bar", of_the_set, "pub"]), [typed, "bar"])
         assert numbers(chosen) == [0, 1] and chosen.labels.tolist() == [1, 0]
-        assert chosen.classes == [of_the_set, "bar"]  # as the whole set spells it
+        assert chosen.classes == [of_the_set, "bar"]  # the set's spelling
     with pytest.raises(data.DataError, match="is named twice"):
         data.select_classes(numbered([0, 1], [composed, "bar"]), [composed, decomposed])
 
@@ -79,7 +80,7 @@ def test_the_largest_remainders_are_rounded_up(counts, n, expected):
     assert image_set.stratified_counts(torch.tensor(counts), n).tolist() == expected
 
 
-def test_held_out_images_follow_from_the_seed_alone():
+def test_held_out_images_depend_on_the_seed_alone():
     whole = numbered([0, 1] * 60, ["a", "b"])
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -94,7 +95,7 @@ def test_held_out_images_follow_from_the_seed_alone():
 @pytest.mark.parametrize("counts, n, nearest", [
     ([3, 3], 6, "4"), ([3, 3], 5, "4"), ([3, 3], 0, "1"), ([3, 3], -2, "1"), ([3, 3], 10**30, "4"), ([1, 1], 1, "none"),
     ([1, 9], 9, "4"), ([1, 9], 5, "4")])
-def test_what_cannot_be_held_out(counts, n, nearest):
+def test_a_number_that_cannot_be_held_out_is_refused_with_the_nearest_valid_one(counts, n, nearest):
     whole = numbered([0] * counts[0] + [1] * counts[1], ["a", "b"])
     with pytest.raises(data.DataError, match=f"^{n} of {sum(counts)} training images .* nearest valid is {nearest}$"):
         data.hold_out(whole, n, seed=1)
@@ -104,12 +105,12 @@ def test_what_cannot_be_held_out(counts, n, nearest):
 
 def test_mean_and_std_are_those_of_the_pixels_in_any_order():
     images = noise(50)
-    images[:, 2] = 7  # a constant channel is left as it is
+    images[:, 2] = 7  # a constant channel, which gets deviation 1
     mean, std = data.mean_and_std(images)
     pixels = images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1) / 255
     assert mean == pytest.approx(pixels.mean(1), abs=1e-12)
     assert std == pytest.approx([*pixels[:2].std(1), 1], abs=1e-12)
-    assert data.mean_and_std(images[torch.randperm(50)]) == (mean, std)  # exactly, whatever the order
+    assert data.mean_and_std(images[torch.randperm(50)]) == (mean, std)  # exactly
 
 
 # --- digest and channels ----------------------------------------------------------------------------------------
@@ -129,8 +130,8 @@ def test_digest_notices_every_change():
     assert len(set(digests)) == len(digests) and all(len(value) == 64 for value in digests)
 
 
-def test_digest_is_that_of_the_content_however_it_lies_in_memory():
-    whole = data.ImageSet(noise(1500, 4, 4), torch.arange(1500) % 2, ["a", "\udcff\n"])  # a name that is no UTF-8
+def test_digest_does_not_depend_on_the_layout_in_memory():
+    whole = data.ImageSet(noise(1500, 4, 4), torch.arange(1500) % 2, ["a", "\udcff\n"])  # a name that is not UTF-8
     transposed = whole.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert data.digest(whole) == data.digest(whole._replace(images=transposed, labels=whole.labels.repeat(2)[:1500]))
     gray = whole._replace(images=whole.images[:, :1])
@@ -139,7 +140,7 @@ def test_digest_is_that_of_the_content_however_it_lies_in_memory():
     assert data.digest(expanded) != data.digest(gray)
 
 
-def test_gray_images_fit_a_colour_network_and_colour_images_no_gray_one():
+def test_gray_images_fit_a_colour_network_but_colour_images_do_not_fit_a_gray_one():
     gray, colour = (data.ImageSet(noise(3, channels=n), torch.arange(3), list("abc")) for n in (1, 3))
     for channel in range(3):
         assert data.with_channels(gray, 3).images[:, channel].equal(gray.images[:, 0])
