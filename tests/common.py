@@ -1,4 +1,4 @@
-"""What the tests share: a small data set, a small network, comparing two runs, and what a script says."""
+"""What the tests share: a small data set and network, runs and their comparison, output of scripts."""
 
 import contextlib
 import csv
@@ -25,7 +25,7 @@ SMALL = ["--depth", "10", "--growthRate", "4", "--batchSz", "32", "--no-plot", "
 
 
 def cut_sample(folder: Path, train: int = 80, test: int = 40) -> str:
-    """The first images of the built-in sample as a data set of its own; 80 are three steps of 32 or less."""
+    """Makes a data set of the sample's first images -> its path. 80 training images are steps of 32, 32 and 16."""
     folder.mkdir(parents=True)
     for name, n in (("data_batch_1.bin", train), ("test_batch.bin", test)):
         (folder / name).write_bytes((SAMPLE / name).read_bytes()[:n * RECORD])
@@ -33,25 +33,26 @@ def cut_sample(folder: Path, train: int = 80, test: int = 40) -> str:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
+    """-> relative path: content, of all files in it"""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What is not the same in two run directories: any byte of a CSV, any value of a checkpoint and run.json."""
+    """-> the CSVs, and the entries of checkpoints and run.json, that differ between two runs; not --save itself"""
     def load(path):
         return torch.load(path, weights_only=True) if path.exists() else None
 
-    logs = {p.name for run in (a, b) for p in run.glob("*.csv")}
-    different = [name for name in sorted(logs) if (a / name).read_bytes() != (b / name).read_bytes()]
+    csvs = {p.name for run in (a, b) for p in run.glob("*.csv")}
+    different = [name for name in sorted(csvs) if (a / name).read_bytes() != (b / name).read_bytes()]
     for name, read in (("latest.pth", load), ("best.pth", load), ("run.json", lambda p: json.loads(p.read_text()))):
-        values = [flat(read(run / name)) for run in (a, b)]
-        different += [f"{name}{key}" for key in sorted(values[0].keys() | values[1].keys())
-                      if key != "/flags/save" and values[0].get(key) != values[1].get(key)]
+        in_a, in_b = flat(read(a / name)), flat(read(b / name))
+        different += [f"{name}{key}" for key in sorted(in_a.keys() | in_b.keys())
+                      if key != "/flags/save" and in_a.get(key) != in_b.get(key)]
     return different
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested dicts and lists -> one dict; of a tensor its type, shape and bytes."""
+    """Nested dicts and lists -> one dict, "/name/0/name": value; a tensor becomes its type, shape and bytes."""
     if isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, child in items for k, v in flat(child, f"{key}/{name}").items()}
@@ -65,7 +66,7 @@ def without_lock(directory: Path) -> dict[str, bytes]:
 
 
 def run_refused(capfd, run: Path, *flags: str, status: int = 2) -> str:
-    """The one line with which train.py refuses these flags, having changed nothing in the run directory."""
+    """-> the line with which train.py refuses these flags; nothing in the run directory may change"""
     before = without_lock(run)
     capfd.readouterr()
     assert train.main(["--save", str(run), "--no-plot", *flags]) == status
@@ -80,45 +81,49 @@ def resume(run: Path, *flags: str) -> int:
 
 
 def edit(checkpoint: Path, **changes: Any) -> None:
-    """Changes entries of a checkpoint, or removes those that are None."""
+    """Changes entries of a checkpoint; None removes the entry."""
     content = torch.load(checkpoint, weights_only=True) | changes
     torch.save({name: value for name, value in content.items() if name not in changes or value is not None}, checkpoint)
 
 
 def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):
-    """-> the exit status of train.main, to which a signal comes as this call of a function begins"""
+    """Runs train.main(argv), with a signal at the call number ``call`` (from 1) of module.function -> exit status"""
     calls = []
 
-    def counted(original):
-        def count(*args, **kwargs):
+    def with_signal(original):
+        def counted(*args, **kwargs):
             calls.append(1)
             if len(calls) == call:
                 os.kill(os.getpid(), number)
             return original(*args, **kwargs)
-        return count
+        return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        if function == "train_step":  # a graph's replay does not call it, so count the calls in train_epoch
+        if function == "train_step":  # replaying a graph does not call it: count the calls of make_step's result
             make_step = train.make_step
-            patch.setattr(train, "make_step", lambda *args: counted(make_step(*args)))
+            patch.setattr(train, "make_step", lambda *args: with_signal(make_step(*args)))
         else:
-            patch.setattr(module, function, counted(getattr(module, function)))
+            patch.setattr(module, function, with_signal(getattr(module, function)))
         return train.main(argv)
+
+
+def flip(path: Path, at: int, bits: int = 0xFF) -> None:
+    """Flips these bits of a file's byte number ``at``."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= bits
+    path.write_bytes(content)
 
 
 # --- what a script says and writes ------------------------------------------------------------------------------
 
 def one_line(text: str, start: str = "train.py: error: ") -> str:
-    """-> the text, which must be a single line that starts like this"""
+    """-> the text, which must be a single line that begins with ``start``"""
     assert text.startswith(start) and text.count("\n") == 1 and text.endswith("\n"), text
     return text
 
 
 def refused(main: Callable, capture, *args: object) -> str:
-    """-> the line on stderr with which a script's main() refuses these arguments
-
-    ``capture`` is pytest's capsys or capfd.
-    """
+    """-> the line on stderr with which a script's main() refuses these arguments; ``capture``: capsys or capfd"""
     assert main([str(arg) for arg in args]) == 2
     out, err = capture.readouterr()
     assert out == ""
@@ -134,16 +139,17 @@ def rows(path: Path) -> list[tuple[float, ...]]:
 
 
 def run_script(script: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a script of the project in a process of its own, named by its absolute path."""
+    """Runs a script of the project, by its absolute path, in another process."""
     return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=300,
                           cwd=cwd, env=os.environ | environment)
 
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """A context in which no file can grow: a write raises OSError, "File too large"."""
+def full_disk(size: int = 0) -> Iterator[None]:
+    """A context in which no file can grow beyond ``size`` bytes: a write takes what fits, or raises OSError, "File too
+    large"."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -151,13 +157,13 @@ def full_disk() -> Iterator[None]:
 
 
 def slow(*values: Any) -> Any:
-    """A case of a parametrised test that the quick part leaves out."""
+    """A case of a parametrised test that "not slow" leaves out."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The norm of the difference, relative to that of b."""
+    """-> the norm of a - b, relative to that of b"""
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()

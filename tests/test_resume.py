@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again ends in the very bytes of the uninterrupted one."""
+"""A run that is stopped at any moment and resumed ends with the same bytes as an uninterrupted one."""
 
 import json
 import os
@@ -13,11 +13,13 @@ import pytest
 import torch
 from common import (
     EPOCHS,
+    ROOT,
     SMALL,
     contents,
     cut_sample,
     differences,
     edit,
+    flip,
     one_line,
     resume,
     run_refused,
@@ -30,7 +32,6 @@ import train
 from lib import sets
 from lib.flags import MAY_CHANGE
 
-ROOT = Path(train.__file__).resolve().parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -65,16 +66,16 @@ def test_a_signal_inside_a_write_leaves_the_old_file_or_the_new(flags, whole, tm
 @pytest.mark.parametrize("module, function", [
     (sets.data, "load"), (sets.data, "mean_and_std"), (train, "set_up_device"), (train, "prepare")])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_before_the_training_leaves_nothing(flags, tmp_path, capfd, module, function, number, status):
+def test_a_signal_before_the_training_leaves_no_directory(flags, tmp_path, capfd, module, function, number, status):
     argv = [*flags, "--save", str(tmp_path / "run")]
     assert stopped_at(function, 1, argv, number, module=module) == status
     assert capfd.readouterr().err == f"train.py: stopped by {number.name}\n" and not (tmp_path / "run").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # restored
 
 
 @pytest.mark.slow
 def test_signals_stop_the_imports_and_a_second_one_ends_the_process(flags, tmp_path):
-    """The script itself: no traceback while it imports torch; a second signal ends it while it handles the first."""
+    """In the script itself: no traceback during its imports; a second signal works while the first is handled."""
     argv = [*flags, "--save", str(tmp_path / "run")]
     slow_end = ("import os, signal, sys, time, train\n"
                 "def step(*_):\n"
@@ -98,8 +99,8 @@ def test_signals_stop_the_imports_and_a_second_one_ends_the_process(flags, tmp_p
 
 
 @pytest.mark.slow
-def test_a_training_in_a_thread_gets_no_signals_but_trains(flags, whole, tmp_path):
-    """As notebooks and services do: only the main thread may set signal handlers."""
+def test_a_training_runs_in_a_thread_without_signal_handlers(flags, whole, tmp_path):
+    """As in notebooks and services: only the main thread may set signal handlers."""
     status = []
     thread = threading.Thread(target=lambda: status.append(train.main([*flags, "--save", str(tmp_path / "run")])))
     thread.start()
@@ -108,8 +109,8 @@ def test_a_training_in_a_thread_gets_no_signals_but_trains(flags, whole, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_that_is_ignored_stays_so(flags, tmp_path):
-    """nohup, and a shell's background job."""
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(flags, tmp_path):
+    """As under nohup, and in a shell's background job."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert stopped_at("train_step", 1, [*flags, "--save", str(tmp_path / "run")], signal.SIGINT) == 0
@@ -124,7 +125,7 @@ def test_a_signal_that_is_ignored_stays_so(flags, tmp_path):
 def test_every_optimiser_and_path_resumes_exactly(flags, tmp_path, more):
     argv = [*flags, *more, "--save"]
     assert train.main([*argv, str(tmp_path / "whole")]) == 0
-    for step in (5, 4):  # in epoch 2, and in the third after that
+    for step in (5, 4):  # in epoch 2; then, resumed after epoch 1, in epoch 3
         assert stopped_at("train_step", step, [*argv, str(tmp_path / "run"), "--resume"]) == 143
     assert train.main([*argv, str(tmp_path / "run"), "--resume"]) == 0
     assert differences(tmp_path / "whole", tmp_path / "run") == []
@@ -141,20 +142,20 @@ def test_the_comparison_of_runs_sees_a_changed_momentum_and_a_lost_byte(whole, r
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes():
-    """The short form of tests/benchmarks/kill.py."""
+    """A short run of tests/benchmarks/kill.py."""
     command = [sys.executable, ROOT / "tests/benchmarks/kill.py", "--n", "1", "--kills", "3", "--images", "80",
                "--threads", "1", "--nEpochs", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "1 of 1 identical" in done.stdout, done.stdout + done.stderr
 
 
-def test_csvs_are_cut_back_to_the_checkpoint(half, whole, flags):
-    assert len((half / "train.csv").read_text().splitlines()) == 1 + 6 + 1  # two epochs, one step
+def test_csvs_are_cut_back_to_the_checkpoint(interrupted, whole, flags):
+    assert len((interrupted / "train.csv").read_text().splitlines()) == 1 + 6 + 1  # two epochs, one step
     for name in ("train.csv", "test.csv"):
-        with open(half / name, "ab") as file:
+        with open(interrupted / name, "ab") as file:
             file.write(b"2.5,1.0,50\n3,torn")
-    assert resume(half) == 0 and differences(whole, half) == []
-    text = (half / "train.csv").read_text()
+    assert resume(interrupted) == 0 and differences(whole, interrupted) == []
+    text = (interrupted / "train.csv").read_text()
     epochs = [line.split(",")[0] for line in text.splitlines()[1:]]
     assert text.count("epoch") == 1 and len(epochs) == len(set(epochs)) == 3 * EPOCHS
     assert list(map(float, epochs)) == sorted(map(float, epochs))
@@ -180,14 +181,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(images, tmp_path,
 
 @pytest.mark.parametrize("content", [
     b"{", b"null", slow(b""), slow(b"[]"), slow(b'{"flags": {}}'), slow(b"\xff")])
-def test_a_damaged_run_json_is_made_again(half, whole, content):
-    (half / "run.json").write_bytes(content)
-    assert resume(half) == 0 and differences(whole, half) == []
+def test_a_damaged_run_json_is_made_again(interrupted, whole, content):
+    (interrupted / "run.json").write_bytes(content)
+    assert resume(interrupted) == 0 and differences(whole, interrupted) == []
 
 
-def test_a_finished_run_prints_its_last_line_and_stays(run, capfd):
+def test_resuming_a_finished_run_prints_its_last_line_and_changes_nothing(run, capfd):
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.iterdir() if p.name != ".lock"}
-    assert resume(run, "--data", "nowhere") == 0  # needs no images
+    assert resume(run, "--data", "nowhere") == 0  # no images are needed
     out, err = capfd.readouterr()
     assert out.startswith("final test error ") and out.count("\n") == 1 and str(run) in out and err == ""
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.iterdir() if p.name != ".lock"} == before
@@ -203,20 +204,20 @@ def test_a_finished_run_prints_its_last_line_and_stays(run, capfd):
     ("--no-nesterov", "not set"), ("--efficient=no", "--efficient=auto"),
     ("--border=mean", "--border=black"), ("--deterministic", "not set"),
     ("--nEpochs=3", "valid are 4 or more")])
-def test_a_flag_that_contradicts_the_run_is_refused_by_name(half, capfd, contradiction, of_run):
-    said = run_refused(capfd, half, "--resume", contradiction)
-    assert contradiction.partition("=")[0] in said and of_run in said and str(half) in said
+def test_a_flag_that_contradicts_the_run_is_named(interrupted, capfd, contradiction, of_run):
+    said = run_refused(capfd, interrupted, "--resume", contradiction)
+    assert contradiction.partition("=")[0] in said and of_run in said and str(interrupted) in said
 
 
-def test_every_flag_is_either_refused_or_known_to_change():
+def test_these_flags_and_no_others_may_change():
     names = set(vars(train.parse_args([])[0]))
     assert set(MAY_CHANGE) == {"device", "no_cuda", "no_graph", "data", "save", "no_plot", "resume", "overwrite",
                                "evaluate"}
     assert names > set(MAY_CHANGE)
 
 
-def test_data_device_and_directory_may_change(half, whole, images, tmp_path):
-    moved = shutil.move(half, tmp_path / "moved")
+def test_data_device_and_directory_may_change(interrupted, whole, images, tmp_path):
+    moved = shutil.move(interrupted, tmp_path / "moved")
     shutil.copytree(images, tmp_path / "copy")
     argv = ["--data", str(tmp_path / "copy"), "--device", "cpu"]
     assert resume(moved, *argv) == 0
@@ -226,19 +227,19 @@ def test_data_device_and_directory_may_change(half, whole, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_flags_of_the_run_hold_where_none_are_given(flags, tmp_path):
+def test_one_device_flag_replaces_the_other(flags, tmp_path):
     assert stopped_at("train_step", 4, [*flags, "--device", "cpu", "--save", str(tmp_path / "run")]) == 143
     assert resume(tmp_path / "run", "--no-cuda") == 0
     about = json.loads((tmp_path / "run/run.json").read_text())["flags"]
-    assert (about["device"], about["no_cuda"]) == (None, True)  # one replaces the other
+    assert (about["device"], about["no_cuda"]) == (None, True)
 
 
 @pytest.mark.slow
-def test_more_epochs_keep_the_drops_and_go_on_at_the_last_rate(run, whole, capfd):
+def test_added_epochs_use_the_last_learning_rate(run, whole, capfd):
     before = (whole / "train.csv").read_bytes()
     assert stopped_at("train_step", 4, ["--resume", "--save", str(run), "--nEpochs", "7", "--no-plot"]) == 143
     assert json.loads((run / "run.json").read_text())["flags"]["nEpochs"] == 7
-    assert torch.load(run / "latest.pth", weights_only=True)["flags"]["nEpochs"] == 7  # of epoch 5
+    assert torch.load(run / "latest.pth", weights_only=True)["flags"]["nEpochs"] == 7  # saved after epoch 5
     assert resume(run) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert [line.split()[1] for line in lines] == ["5/7", "6/7", "7/7"]
@@ -249,7 +250,7 @@ def test_more_epochs_keep_the_drops_and_go_on_at_the_last_rate(run, whole, capfd
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_prolonged_run_that_is_stopped_before_its_next_save_knows_of_it(run, tmp_path, step):
+def test_a_prolonged_run_stopped_before_its_next_save_keeps_its_new_length(run, tmp_path, step):
     previous = (run / "previous.pth").read_bytes()
     argv = ["--resume", "--save", str(run), "--no-plot"]
     assert stopped_at("train_step", step, [*argv, "--nEpochs", "5"]) == 143
@@ -275,34 +276,32 @@ def test_a_prolonged_run_with_validation_is_tested_once_at_its_new_end(flags, tm
     assert (whole / "test.csv").read_text().count("\n") == 2  # header, one test
 
 
-def test_other_images_are_refused(half, capfd, tmp_path):
+def test_other_images_are_refused(interrupted, capfd, tmp_path):
     for train_images, test_images in ((79, 40), (80, 39)):
         other = cut_sample(tmp_path / f"{train_images}", train_images, test_images)
-        assert "holds other images" in run_refused(capfd, half, "--resume", "--data", other)
+        assert "holds other images" in run_refused(capfd, interrupted, "--resume", "--data", other)
     for file, at in (("data_batch_1.bin", 5), ("test_batch.bin", 5), ("test_batch.bin", 0), ("data_batch_1.bin", 0)):
-        other = Path(cut_sample(tmp_path / f"{file} {at}"))  # another pixel, or (at 0) another label
-        content = bytearray((other / file).read_bytes())
-        content[at] ^= 1
-        (other / file).write_bytes(content)
-        assert "holds other images" in run_refused(capfd, half, "--resume", "--data", str(other))
+        other = cut_sample(tmp_path / f"{file} {at}")
+        flip(Path(other, file), at, bits=1)  # byte 0 is a label, byte 5 a pixel
+        assert "holds other images" in run_refused(capfd, interrupted, "--resume", "--data", other)
 
 
-def test_images_of_an_older_checkpoint_are_compared_by_number_and_mean(half, whole, capfd, tmp_path):
-    edit(half / "latest.pth", digests=None, csvDigests=None)
+def test_without_digests_the_images_are_compared_by_number_and_mean(interrupted, whole, capfd, tmp_path):
+    edit(interrupted / "latest.pth", digests=None, csvDigests=None)
     other = cut_sample(tmp_path / "other", 79)
-    assert "holds other images" in run_refused(capfd, half, "--resume", "--data", other)
-    assert resume(half) == 0
+    assert "holds other images" in run_refused(capfd, interrupted, "--resume", "--data", other)
+    assert resume(interrupted) == 0
 
 
-def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, half, capfd):
+def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, interrupted, capfd):
     torch.set_num_threads(2)
     try:
-        assert stopped_at("train_step", 2, ["--resume", "--save", str(half), "--no-plot"]) == 143
+        assert stopped_at("train_step", 2, ["--resume", "--save", str(interrupted), "--no-plot"]) == 143
         assert torch.get_num_threads() == 1 and "warning" not in capfd.readouterr().err
-        environment = torch.load(half / "latest.pth", weights_only=True)["environment"]
+        environment = torch.load(interrupted / "latest.pth", weights_only=True)["environment"]
         assert {"device", "threads", "precision", "torch", "numpy", "cpuCapability"} <= environment.keys()
-        edit(half / "latest.pth", environment=environment | {"torch": "1.0", "device": "abacus"})
-        assert resume(half) == 0
+        edit(interrupted / "latest.pth", environment=environment | {"torch": "1.0", "device": "abacus"})
+        assert resume(interrupted) == 0
     finally:
         torch.set_num_threads(1)
     warnings = capfd.readouterr().err.splitlines()
@@ -311,11 +310,11 @@ def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, 
 
 
 @pytest.mark.parametrize("threads", [10**6, slow(0), slow(-1), "many"])
-def test_a_saved_thread_count_that_cannot_be_is_not_believed(half, threads, capfd):
-    environment = torch.load(half / "latest.pth", weights_only=True)["environment"]
-    edit(half / "latest.pth", environment=environment | {"threads": threads})
+def test_an_impossible_saved_thread_count_is_not_restored(interrupted, threads, capfd):
+    environment = torch.load(interrupted / "latest.pth", weights_only=True)["environment"]
+    edit(interrupted / "latest.pth", environment=environment | {"threads": threads})
     try:
-        assert resume(half) == 0
+        assert resume(interrupted) == 0
         assert torch.get_num_threads() <= os.cpu_count()
         assert f"the run had {threads}" in capfd.readouterr().err
     finally:
@@ -323,8 +322,8 @@ def test_a_saved_thread_count_that_cannot_be_is_not_believed(half, threads, capf
 
 
 @pytest.mark.slow
-def test_the_runs_own_device_flags_hold(flags, tmp_path):
-    """They are read from the checkpoint before the device is set up."""
+def test_a_saved_deterministic_flag_holds_in_resuming_and_evaluating(flags, tmp_path):
+    """The checkpoint's flags are read before the device is set up."""
     argv = [*flags, "--deterministic", "--save", str(tmp_path / "run")]
     try:
         assert stopped_at("train_step", 4, argv) == 143
@@ -348,11 +347,16 @@ def test_dropout_of_an_older_run_continues_with_one_warning(flags, tmp_path, cap
 
 
 def test_dropout_has_random_numbers_of_its_own(flags, tmp_path, monkeypatch):
-    """It is seeded each epoch, by another seed than the permutation, crops and flips."""
+    """Each epoch seeds it with another seed than that of permutation, crops and flips."""
     seeds, manual_seed = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), manual_seed(seed))[1])
+
+    def record_seed(seed):
+        seeds.append(seed)
+        return manual_seed(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", record_seed)
     assert train.main([*flags, "--dropRate", "0.2", "--save", str(tmp_path / "run")]) == 0
-    of_epochs = seeds[1:]  # the first is --seed, for the initialisation
+    of_epochs = seeds[1:]  # the first one, --seed, is for the initialisation
     assert len(set(of_epochs)) == EPOCHS
     assert not {seed % 2**32 for seed in of_epochs} & {lib.batches.epoch_seed(1, epoch) for epoch in range(1000)}
 

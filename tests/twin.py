@@ -1,6 +1,6 @@
-"""A twin of the CUDA graph for a CPU: it records a step's operations, and replays them without the step's Python.
+"""A stand-in for the CUDA graph on a CPU: it records a step's operations, then replays them without the step's Python.
 
-Like a graph it keeps every tensor of the recorded step, and replays each operation on the same memory. Like a capture
+Like a graph, it keeps every tensor of the recorded step and replays each operation on the same memory. Like a capture,
 it refuses an operation that reads a value, and leaves weights, optimizer and random numbers as they were.
 """
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from lib.cuda_graph import GraphedStep
 
-READS = ("_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero")  # they would wait for the GPU
+READS = ("_local_scalar_dense", "equal", "nonzero", "item", "is_nonzero")  # on a GPU they synchronise
 
 
 def storage(tensor: torch.Tensor) -> int:
@@ -25,12 +25,12 @@ def tensors(*values) -> list[torch.Tensor]:
 
 
 class Tape(TorchDispatchMode):
-    """Records operations. ``outside`` are the tensors that they use and did not make."""
+    """Records operations. ``outside`` has the tensors that they read but did not create."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
-        self.made: dict[int, torch.Tensor] = {}  # by storage; kept alive, so that no storage takes its place
+        self.made: dict[int, torch.Tensor] = {}  # by storage; kept alive, so that no address is used again
         self.outside: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -55,7 +55,7 @@ class Tape(TorchDispatchMode):
 
 
 class Twin(GraphedStep):
-    """GraphedStep on a CPU, with a tape for its graph."""
+    """GraphedStep on a CPU, with a Tape in place of the graph."""
 
     captures = 0
 
@@ -75,14 +75,14 @@ class Twin(GraphedStep):
 
 
 def allow_capturable(monkeypatch) -> None:
-    """Lets a GPU's kind of Adam and RMSprop, whose step count is a tensor that nobody reads, run on a CPU."""
+    """Lets Adam and RMSprop run with capturable=True, their step count a tensor, on a CPU as on a GPU."""
     for name in ("torch.optim.adam", "torch.optim.rmsprop"):
         monkeypatch.setattr(import_module(name), "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
 
 
 def use_twin(monkeypatch) -> None:
-    """Trainings in this process go through the twin wherever a GPU would use a graph; but not where a test has put a
-    function of its own in train_step's place, whose Python is to run in each step."""
+    """Trainings in this process use the twin wherever a GPU would use a graph, except if a test has replaced
+    train_step, whose Python must then run in every step."""
     train_step = train.train_step
 
     def uses_graph(args, device, world):
