@@ -16,7 +16,7 @@ class Augmentation(NamedTuple):
     """One epoch's random numbers: (N,) each, on the CPU."""
 
     order: torch.Tensor  # a permutation: the order in which the images are seen
-    dy: torch.Tensor  # of image i the crop's offset from the image's corner, -padding to padding pixels
+    dy: torch.Tensor  # vertical offset of image i's crop, -padding to padding pixels; dx: horizontal
     dx: torch.Tensor
     flip: torch.Tensor  # bool: whether image i is mirrored
 
@@ -29,9 +29,9 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def dropout_seed(seed: int, epoch: int, rank: int) -> int:
     """Seed of a rank's dropout in an epoch; below 2**63 for seeds below 2**32.
 
-    Within a run (one ``seed``) of fewer than 2**20 epochs, every epoch and rank has a different one. Adding 2**62 makes
-    it differ from the ``epoch_seed`` of any run. torch's CPU generator reads only the low 32 bits of a seed: up to 4095
-    ranks, these differ from each other and from those of the run's epoch seeds, too.
+    Within a run (one ``seed``) of fewer than 2**20 epochs, every epoch and rank has a seed of its own. Adding 2**62
+    makes it differ from the ``epoch_seed`` of any run. torch's CPU generator reads only the low 32 bits of a seed: they
+    differ from each other and from those of the run's epoch seeds as well, for up to 4095 ranks.
     """
     return 2**62 + (rank + 1) * 2**20 + epoch_seed(seed, epoch)
 

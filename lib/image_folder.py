@@ -63,9 +63,8 @@ def load_folder(root: Path, imageSize: int, parts: tuple[str, ...]) -> list[Imag
         counts = [f"{n} {kind}" for kind, n in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))]
         tell_once(f"passed over in {root}: {shorten(counts)}; images are {', '.join(ENDINGS)} in class folders")
     check_memory(len(files), imageSize)
-    images = decode(files, imageSize)
-    return [ImageSet(*tensors, classes)
-            for tensors in zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True)]
+    images = decode(files, imageSize).split(sizes)
+    return [ImageSet(*pair, classes) for pair in zip(images, torch.tensor(labels).split(sizes), strict=True)]
 
 
 def tell_once(message: str) -> None:
@@ -83,12 +82,12 @@ def choose_test_folder(root: Path) -> Path:
         return test
     if not test.is_dir():
         return val
-    has_classes = {folder: len(find_classes(folder)) >= 2 for folder in (test, val)}
-    if has_classes[test] and has_classes[val]:
-        tell_once(f"the test images are those of {test}; those of {val} are not read")
-    elif has_classes[val]:
+    if len(find_classes(val)) < 2:
+        return test
+    if len(find_classes(test)) < 2:
         tell_once(f"the test images are those of {val}, as {test} has no class folders")
         return val
+    tell_once(f"the test images are those of {test}; those of {val} are not read")
     return test
 
 

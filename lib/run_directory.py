@@ -47,7 +47,7 @@ class RunError(ValueError):
 
 
 class Run:
-    """Call ``open``, then ``begin``, then ``add`` and ``save`` in each epoch, in a with statement: its end unlocks."""
+    """In a with statement, whose end unlocks: ``open``, then ``begin``, then ``add`` and ``save`` in each epoch."""
 
     def __init__(self, path: str):
         self.path = Path(path)
