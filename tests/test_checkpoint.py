@@ -1,4 +1,4 @@
-"""Checkpoints as densenet.py reads them: from paths and open files, damaged, and made by strangers."""
+"""Reading checkpoints by densenet.py: from paths and open files, damaged, and made by strangers."""
 
 import errno
 import io
@@ -37,14 +37,14 @@ def test_load_rebuilds_a_trained_network(small, tmp_path):
     assert net.state_dict().keys() == small.state_dict().keys()
 
 
-def test_load_refuses_what_is_no_checkpoint(small, tmp_path):
+def test_load_refuses_a_file_that_is_not_a_checkpoint(small, tmp_path):
     path = tmp_path / "latest.pth"
     with pytest.raises(FileNotFoundError):
         densenet.load(path)
     path.write_bytes(b"no zip")
     with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
         densenet.load(path)
-    torch.save(small, path)  # a pickled module, as the ancestor's: loading it would run its code
+    torch.save(small, path)  # a pickled module, as the ancestor's: unpickling could run code
     with pytest.raises(ValueError, match="could run code"):
         densenet.load(path)
     torch.save(checkpoint_of(small) | {"format": 2}, path)
@@ -71,14 +71,16 @@ def test_load_refuses_what_is_no_checkpoint(small, tmp_path):
 
 
 def saved(content: object) -> bytes:
+    """-> the file that torch.save writes"""
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
 
 
-def rezipped(content: bytes, **how) -> bytes:
+def rezipped(content: bytes, **settings) -> bytes:
+    """-> the same parts in a new archive, with these settings of ZipFile"""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(file, "w", **how) as after:
+    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(file, "w", **settings) as after:
         for part in before.infolist():
             after.writestr(part.filename, before.read(part))
     return file.getvalue()
@@ -96,8 +98,8 @@ def test_load_takes_an_open_file_and_leaves_it_open(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_the_zip_s_directory_is_damage(tmp_path):
-    """Not an exception of zipfile's, zlib's or the file system's, nor a foreign file: a run then takes the epoch
+def test_a_flipped_bit_in_the_zips_directory_is_reported_as_damage(tmp_path):
+    """A plain ValueError, not an exception of zipfile or zlib and not ForeignFile: --resume then takes the epoch
     before."""
     content = saved({"format": 1, "x": torch.arange(5.)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -116,7 +118,7 @@ def test_a_flipped_bit_in_the_zip_s_directory_is_damage(tmp_path):
     assert refused > 500
 
 
-def test_a_read_error_of_the_disk_is_damage_and_others_are_the_system_s():
+def test_a_read_error_of_the_disk_is_damage_and_other_oserrors_pass_through():
     class Failing(io.BytesIO):
         def read(self, n=-1):
             if self.tell() < 64:
@@ -158,7 +160,7 @@ def test_compressed_and_overlapping_parts_are_refused(small, tmp_path):
     (lambda c: c.update(mean="ab"), "latest.pth is not a checkpoint"), (lambda c: c.update(std=[1.0]), "invalid for"),
 ])
 @pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_load_refuses_what_does_not_fit_its_own_arguments(change, message, small, tmp_path):
+def test_load_refuses_a_checkpoint_that_contradicts_its_own_arguments(change, message, small, tmp_path):
     content = checkpoint_of(small)
     content["model"] = dict(content["model"])
     change(content)
@@ -178,7 +180,7 @@ def test_checkpoints_without_the_newest_arguments_and_in_half_precision_load(sma
     torch.testing.assert_close(net(x), small.eval()(x), rtol=0.01, atol=0.01)
 
 
-def test_arguments_of_numpy_s_kind_make_a_checkpoint_that_loads(tmp_path):
+def test_a_network_made_with_numpy_arguments_can_be_saved_and_loaded(tmp_path):
     net = DenseNet(growthRate=np.int64(4), blockConfig=np.array([1, 2]), reduction=np.float32(0.5), bnSize=np.uint8(2))
     loaded = densenet.load(io.BytesIO(saved(checkpoint_of(net))))
     assert loaded.arguments == net.arguments and loaded.arguments["blockConfig"] == [1, 2]
@@ -199,9 +201,9 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
-def test_what_a_small_file_declares_takes_no_memory(small, tmp_path):
-    """In 200 MiB more than torch itself takes."""
-    original, spread = checkpoint_of(small), torch.zeros(1)
+def test_a_small_file_that_declares_a_huge_network_takes_no_memory(small, tmp_path):
+    """The process may take 200 MiB more than it has after importing torch."""
+    original, one_value = checkpoint_of(small), torch.zeros(1)
     hostile = {
         "wide": (dict(growthRate=10**6), "size mismatch"),
         "deep": (dict(depth=10**6), "declares 1000000 layers"),
@@ -212,13 +214,14 @@ def test_what_a_small_file_declares_takes_no_memory(small, tmp_path):
     for name, (arguments, _) in hostile.items():
         torch.save(original | {"arguments": small.arguments | arguments}, tmp_path / name)
     torch.save(original | {"arguments": small.arguments | {"nClasses": 10**9},
-                           "model": original["model"] | {"fc.weight": spread.expand(10**9, 13),
-                                                         "fc.bias": spread.expand(10**9)}}, tmp_path / "spread")
+                           "model": original["model"] | {"fc.weight": one_value.expand(10**9, 13),
+                                                         "fc.bias": one_value.expand(10**9)}}, tmp_path / "expanded")
     bomb = saved(original | {"optimizer": torch.zeros(10**8)})
     (tmp_path / "bomb").write_bytes(rezipped(bomb, compression=zipfile.ZIP_DEFLATED))
     assert all(path.stat().st_size < 10**6 for path in tmp_path.iterdir())
     expected = [message for _, message in hostile.values()] + ["but has 56 tensors in", "compressed"]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *(tmp_path / name for name in (*hostile, "spread", "bomb"))],
+    paths = [tmp_path / name for name in (*hostile, "expanded", "bomb")]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *paths],
                           capture_output=True, text=True, timeout=100, cwd=Path(densenet.__file__).parent)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(expected), done.stderr[-500:]

@@ -1,4 +1,4 @@
-"""The project's layout: who imports whom, how long files are, and what stands only once."""
+"""The project's layout: which modules import which, how long files are, what is installed, where the version is."""
 
 import ast
 import re
@@ -7,42 +7,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
 import densenet
 
-ROOT = Path(__file__).resolve().parent.parent
-ALONE = ("densenet", "plot")  # they import nothing of the project: one can copy them anywhere
-DYNAMIC = ("importlib", "runpy", "imp", "pkgutil")
-LINES = {"densenet.py": 720}
-MOST_LINES = 450
-DOWNLOADS = ("load_state_dict_from_url", "get_state_dict")  # of torch.hub and torchvision: they call torch.load
+ALONE = ("densenet", "plot")  # they import nothing of the project, so that they can be copied anywhere
+DYNAMIC = ("importlib", "runpy", "imp", "pkgutil")  # could import a module that these tests do not see
+MAX_LINES = 450
+MAX_LINES_OF = {"densenet.py": 720}
+DOWNLOADS = ("load_state_dict_from_url", "get_state_dict")  # functions of torch.hub and torchvision that torch.load
 
 
 # --- imports ----------------------------------------------------------------------------------------------------
 
 def sources(root: Path) -> dict[str, Path]:
-    """Module name -> file, of the top level and of lib with its subfolders."""
+    """-> module name: file, of the top level and of lib with its subfolders"""
     files = [*root.glob("*.py"), *root.glob("lib/**/*.py")]
     return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
             for file in sorted(files)}
 
 
 def imported_names(module: str, file: Path) -> Iterator[str]:
-    """Everything that a file imports, anywhere in it, by full name; "from a import b" gives a.b."""
+    """-> the full names of everything that a file imports, at any place; "from a import b" gives a.b"""
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else []
-            start = [*above, *(node.module.split(".") if node.module else [])]
+            start = package[:len(package) - node.level + 1] if node.level else []
+            if node.module:
+                start = [*start, *node.module.split(".")]
             yield from (".".join([*start, alias.name]) for alias in node.names)
         elif isinstance(node, ast.Name) and node.id == "__import__":
             yield "__import__"
 
 
 def imports_of(root: Path) -> dict[str, set[str]]:
-    """Module -> the project's modules that it imports, "tests", and ways of importing that cannot be read."""
+    """-> module: the project's modules, "tests" and dynamic ways of importing that it imports"""
     modules = sources(root)
     found = {}
     for module, file in modules.items():
@@ -51,7 +52,7 @@ def imports_of(root: Path) -> dict[str, set[str]]:
             first = name.split(".")[0]
             if first in ("tests", "__import__", *DYNAMIC):
                 found[module].add(first)
-            while name and name not in modules:  # lib.data.load is of lib.data
+            while name and name not in modules:  # lib.data.load is a name in lib.data
                 name = name.rpartition(".")[0]
             if name:
                 found[module].add(name)
@@ -59,15 +60,15 @@ def imports_of(root: Path) -> dict[str, set[str]]:
 
 
 def cycles(imports: dict[str, set[str]]) -> list[str]:
-    """Import cycles, as "a -> b -> a"."""
+    """-> import cycles, as "a -> b -> a" """
     done, found = set(), []
 
-    def visit(module: str, way: list[str]) -> None:
-        if module in way:
-            found.append(" -> ".join([*way[way.index(module):], module]))
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module):], module]))
         elif module not in done:
             for other in sorted(imports.get(module, ())):
-                visit(other, [*way, module])
+                visit(other, [*path, module])
             done.add(module)
 
     for module in imports:
@@ -76,7 +77,7 @@ def cycles(imports: dict[str, set[str]]) -> list[str]:
 
 
 def violations(root: Path) -> list[str]:
-    """Imports that break the rule: scripts and lib may import lib and densenet; densenet and plot import nothing."""
+    """-> imports that break a rule: scripts and lib import only lib and densenet; densenet and plot import nothing"""
     imports = imports_of(root)
     found = [f"cycle: {cycle}" for cycle in cycles(imports)]
     for module, names in imports.items():
@@ -128,14 +129,14 @@ FAULTS = [
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A small project without a fault."""
+    """A small project that breaks no rule."""
     for name, text in SOUND.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
 
 
-def test_imports_lead_from_scripts_to_lib_to_densenet():
+def test_scripts_import_lib_and_densenet_and_lib_imports_densenet_only():
     assert {"train", "plot", "densenet", "lib.cli", "lib.layers"} <= sources(ROOT).keys()
     assert violations(ROOT) == []
 
@@ -153,7 +154,7 @@ def test_each_wrong_import_is_found(tree, file, line, expected):
 # --- torch.load -------------------------------------------------------------------------------------------------
 
 def unsafe_loads(root: Path) -> list[str]:
-    """Calls that could unpickle code from a file: torch.load and what calls it, without weights_only=True."""
+    """-> calls that could unpickle code: torch.load, and functions that call it, without weights_only=True"""
     found = []
     for module, file in sources(root).items():
         tree = ast.parse(file.read_text())
@@ -186,19 +187,19 @@ def test_each_unsafe_load_is_found(tree, file, call, safe):
 # --- files ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", sources(ROOT).values(), ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_file_can_be_read_in_one_sitting(file):
-    assert len(file.read_text().splitlines()) <= LINES.get(file.name, MOST_LINES)
+def test_no_file_is_too_long_to_read_in_one_sitting(file):
+    assert len(file.read_text().splitlines()) <= MAX_LINES_OF.get(file.name, MAX_LINES)
 
 
 def test_only_densenet_is_installed():
-    """An installed lib, train or plot would collide with others of that name."""
+    """Installed, lib, train and plot would collide with other packages' modules of these names."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert setuptools["py-modules"] == ["densenet"]
     assert setuptools.keys() <= {"py-modules", "dynamic"}  # no packages
     assert not (ROOT / "setup.py").exists() and not (ROOT / "setup.cfg").exists()
 
 
-def test_lib_data_is_not_ignored_with_the_data_sets():
+def test_gitignore_has_the_folder_data_but_not_lib_data():
     lines = (ROOT / ".gitignore").read_text().splitlines()
     assert "/data/" in lines
     assert not {"data", "data/", "data*", "lib", "lib/", "/lib/"} & set(lines)

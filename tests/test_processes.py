@@ -34,7 +34,7 @@ def torchrun(script, *argv, processes=2, restarts=0, **more) -> subprocess.Popen
 
 
 def finished(process: subprocess.Popen) -> str:
-    """-> what it said; it must have ended well"""
+    """Waits for the process, which must exit with 0. -> its output"""
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out
     return out
@@ -44,9 +44,10 @@ def table(path: Path) -> torch.Tensor:
     return torch.tensor(rows(path), dtype=torch.float64)
 
 
-# --- in each process of one start --------------------------------------------------------------------------------
+# --- checks that each rank runs when torchrun starts this file ---------------------------------------------------
 
 def check_sync_batch_norm(world: World) -> None:
+    """Over the ranks' parts of x it gives the same as nn.BatchNorm2d over all of x, forward and backward."""
     torch.manual_seed(0)
     x = 3 + torch.randn(7, 5, 4, 3, dtype=torch.float64)
     weights, own = torch.randn_like(x), slice(world.rank, None, world.size)
@@ -72,7 +73,7 @@ def check_sync_batch_norm(world: World) -> None:
 
 
 def check_gradients(world: World, sync: bool) -> None:
-    """Uneven shares: the mean of the ranks' gradients is the whole batch's."""
+    """The mean of the ranks' gradients is the whole batch's, even if one rank has an image more."""
     torch.manual_seed(0)
     net = DenseNet(4, 10).double()
     alone = copy.deepcopy(net)
@@ -86,7 +87,7 @@ def check_gradients(world: World, sync: bool) -> None:
     assert net.dense1.last_path == net.dense3.last_path == ("textbook" if sync else "efficient")
     if sync:
         F.nll_loss(alone(images), labels).backward()
-    else:  # batch norm sees its own process's images
+    else:  # batch norm normalises each rank's images by themselves
         sum(F.nll_loss(alone(images[r::world.size]), labels[r::world.size], reduction="sum") / 7
             for r in range(world.size)).backward()
     for p, q in zip(net.parameters(), alone.parameters(), strict=True):
@@ -104,7 +105,7 @@ def test_collectives_and_batch_norm_over_two_ranks():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return cut_sample(tmp_path_factory.mktemp("data") / "images", train=161)  # 5 steps of 32 and 1 left: it joins them
+    return cut_sample(tmp_path_factory.mktemp("data") / "images", train=161)  # 5 steps: 4 of 32 images and one of 33
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def argv(images):
 
 
 @pytest.mark.slow
-def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
+def test_two_ranks_with_sync_bn_have_the_loss_curve_of_one_process(tmp_path):
     more = ["--data", cut_sample(tmp_path / "images", train=160), *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
     assert "Warning" not in out and out.count("epoch 4/4") == 1
@@ -129,7 +130,7 @@ def test_sync_bn_gives_one_processs_loss_curve(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")
-def test_a_killed_worker_is_started_again_and_all_ends_the_same(argv, tmp_path):
+def test_a_killed_worker_is_restarted_and_the_run_ends_the_same(argv, tmp_path):
     more = [*argv, "--nEpochs", "6", "--dropRate", "0.1"]
     finished(torchrun(ROOT / "train.py", *more, "--save", tmp_path / "whole"))
     process = torchrun(ROOT / "train.py", *more, "--save", tmp_path / "killed", restarts=1)
@@ -141,7 +142,7 @@ def test_a_killed_worker_is_started_again_and_all_ends_the_same(argv, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_stops_all_and_resume_goes_on(argv, tmp_path):
+def test_sigterm_to_torchrun_stops_all_ranks_and_leaves_a_run_to_resume(argv, tmp_path):
     process = torchrun(ROOT / "train.py", *argv, "--nEpochs", "300", "--save", tmp_path / "run")
     wait_for(lambda: has_tested_twice(tmp_path / "run"), process)
     process.terminate()
@@ -164,12 +165,12 @@ def wait_for(reached, process) -> None:
 
 
 def worker(pid: int) -> int:
-    """The last of torchrun's workers."""
+    """-> the process id of torchrun's last worker"""
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
 
 
 @pytest.mark.slow
-def test_a_run_of_two_goes_on_in_one(argv, tmp_path, capfd):
+def test_a_run_of_two_processes_continues_in_one(argv, tmp_path, capfd):
     save = ["--save", str(tmp_path / "run")]
     finished(torchrun(ROOT / "train.py", *argv, "--syncBN", "--nEpochs", "1", *save))
     assert train.main([*argv, "--nEpochs", "2", *save]) == 0
@@ -178,7 +179,7 @@ def test_a_run_of_two_goes_on_in_one(argv, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_says_what_changes(argv, tmp_path, capfd):
+def test_a_warning_says_what_another_number_of_ranks_changes(argv, tmp_path, capfd):
     """Without --syncBN each rank normalises by its own part of the batch: more than a rounding difference."""
     save = ["--save", str(tmp_path / "run")]
     finished(torchrun(ROOT / "train.py", *argv, "--nEpochs", "1", *save))
@@ -205,7 +206,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_is_told_in_one_line_and_ends_all(argv, tmp_path, rank):
+def test_a_rank_that_fails_is_one_line_and_ends_all_ranks(argv, tmp_path, rank):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), rank=rank, error="ValueError('no images here')"))
     process = torchrun(script, *argv, "--save", tmp_path / "run")
@@ -281,7 +282,7 @@ def test_one_process_that_finds_several_gpus_says_how_to_use_them(monkeypatch, c
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_alone_it_starts_no_process_group(argv, tmp_path, monkeypatch):
+def test_a_single_process_starts_no_process_group(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a process group"))
     assert train.main([*argv, "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
 

@@ -1,4 +1,4 @@
-"""Every script works from any working directory, and whatever backend MPLBACKEND names."""
+"""Every script works from any working directory, and with any value of MPLBACKEND."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def test_these_are_all_scripts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_from_another_directory_and_with_a_foreign_backend(script, tmp_path):
+def test_help_works_from_another_directory_and_with_an_unknown_backend(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path, MPLBACKEND="module://nowhere")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {script} ")
@@ -32,7 +32,7 @@ def test_training_from_another_directory_draws_its_figures(tmp_path, images):
 
 
 @pytest.mark.slow
-def test_plots_of_a_relative_path(tmp_path):
+def test_plot_draws_a_run_given_by_a_relative_path(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("train.csv", "test.csv"):
         (tmp_path / "run" / name).write_text("epoch,loss,error\n1,1.5,50\n2,1.25,40\n")
@@ -52,8 +52,8 @@ def test_a_graph_is_written_into_the_working_directory(tmp_path):
 @pytest.mark.parametrize(("tools", "backend"), [
     ("compare_grads, numcheck, make_graph", "nonsense"),
     *(("make_graph", backend) for backend in ("module://nowhere", "svg", ""))])
-def test_mplbackend_is_as_before_once_a_tool_is_imported(tools, backend):
-    """A program that imports a tool and draws by itself still gets the backend that it asked for."""
+def test_importing_a_tool_does_not_change_mplbackend(tools, backend):
+    """A program that imports a tool and draws its own figures gets the backend that it asked for."""
     code = (f"import os, {tools}, matplotlib\n"
             "print(os.environ['MPLBACKEND'])\n"
             "print(matplotlib.get_backend() if os.environ['MPLBACKEND'] == 'svg' else '')")

@@ -1,4 +1,4 @@
-"""train.py: flags, schedule, and whole runs with the files they leave. What interrupts a run is in test_resume.py."""
+"""train.py: flags, schedule, and whole runs with the files they leave. Interrupted runs are in test_resume.py."""
 
 import json
 import math
@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import SAMPLE, SMALL, contents, differences, edit, one_line, rows, slow
+from common import ROOT, SAMPLE, SMALL, contents, differences, edit, one_line, rows, slow
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import densenet
 import train
 from lib import data, memory, sets
 from lib.distributed import World
 
-ROOT = Path(train.__file__).resolve().parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--dataset", "--data", "--growthRate", "--depth", "--reduction", "--dropRate", "--initChannels", "--batchSz",
@@ -35,7 +35,7 @@ SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--
 
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
-    """A run of three epochs of three steps; not to be written to."""
+    """The directory of a run of three epochs of three steps. Tests must not write to it."""
     save = tmp_path_factory.mktemp("runs") / "finished"
     assert train.main(["--data", images, *SMALL, "--nEpochs", "3", "--save", str(save)]) == 0
     return save
@@ -44,10 +44,8 @@ def finished(images, tmp_path_factory):
 # --- schedule ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, first_tenth, first_hundredth", [
-    (1, None, None), (2, 2, None), (3, None, None), (10, 6, 9), (50, 26, 39), (90, 46, 69), (300, 151, 226)])
+    (1, None, None), (2, 2, None), (3, 3, None), (10, 6, 9), (50, 26, 39), (90, 46, 69), (300, 151, 226)])
 def test_the_rate_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth, first_hundredth):
-    if n == 3:  # half of 3 epochs is over before the third: 2 of 3 are done, 1 of 3 is not
-        first_tenth = 3
     rates = [train.learning_rate("sgd", 0.1, epoch, n) for epoch in range(1, n + 1)]
     first = {rate: epoch for epoch, rate in reversed(list(enumerate(rates, 1)))}
     assert first[0.1] == 1 and first.get(0.1 / 10) == first_tenth and first.get(0.1 / 100) == first_hundredth
@@ -66,19 +64,18 @@ def test_the_other_optimisers_keep_their_rate():
     assert {train.learning_rate(opt, 0.5, e, 10) for opt in ("adam", "rmsprop") for e in range(1, 11)} == {0.5}
 
 
-def test_the_optimiser_trains_at_the_dropped_rates(images, tmp_path, monkeypatch, capsys):
+def test_the_optimizer_steps_with_the_dropped_rates_and_they_are_printed(images, tmp_path, capsys):
     used = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (used.append(self.param_groups[0]["lr"]), step(self)))
-    flags = [*SMALL, "--no-graph", "--nEpochs", "4"]  # with a graph the optimizer's Python is not called each step
-    assert train.main(["--data", images, *flags, "--save", str(tmp_path / "r")]) == 0
+    flags = [*SMALL, "--no-graph", "--nEpochs", "4"]  # replaying a graph calls no hook
+    with register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])):
+        assert train.main(["--data", images, *flags, "--save", str(tmp_path / "r")]) == 0
     assert used == [0.1] * 6 + [0.1 / 10] * 3 + [0.1 / 100] * 3
     assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:5]] == ["0.1", "0.1", "0.01", "0.001"]
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
 
-def test_no_flag_is_the_papers_recipe():
+def test_the_default_flags_are_the_papers_recipe():
     args, given = train.parse_args([])
     assert not given
     assert (args.depth, args.growthRate, args.reduction, args.no_bottleneck, args.dropRate) == (100, 12, 0.5, False, 0)
@@ -97,7 +94,7 @@ def test_each_optimizer_has_the_papers_settings(opt, kind, expected):
     net, optimizer = train.make_net_and_optimizer(args, chosen, torch.device("cpu"), World(), {"path": "max"}, None)
     (group,) = optimizer.param_groups
     assert type(optimizer) is kind and expected.items() <= group.items()
-    assert len(group["params"]) == len(list(net.parameters()))  # decay and rate are those of all
+    assert len(group["params"]) == len(list(net.parameters()))  # all have the same rate and weight decay
     assert net.fc.out_features == 2
 
 
@@ -139,7 +136,7 @@ NONSENSE = [
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch, images):
-    """A working directory with things that a run must not touch; downloads fail as without a network."""
+    """A working directory with files that a run must not touch; downloads fail as without a network."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "other").mkdir()
@@ -159,7 +156,7 @@ def somewhere(tmp_path, monkeypatch, images):
 @pytest.mark.parametrize("line, said", NONSENSE, ids=[line[:40] for line, _ in NONSENSE])
 def test_nonsense_is_refused_in_one_line_and_nothing_is_written(somewhere, capfd, line, said):
     before = contents(somewhere), sorted(somewhere.rglob("*"))
-    small = [flag for flag in SMALL if flag != "--no-cuda" or "--device" not in line]  # it contradicts --device
+    small = [flag for flag in SMALL if flag != "--no-cuda" or "--device" not in line]  # the two contradict
     assert train.main(["--data", "images", *small, *shlex.split(line)]) == 2
     out, err = capfd.readouterr()
     assert out == "" and said.lower() in one_line(err).lower() and len(err) < 400
@@ -190,7 +187,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 
 def random_line(draw):
-    """Sensible values, nonsense, missing values, flags that do not go together."""
+    """-> a random command line: sensible values, nonsense, missing values, flags that contradict each other"""
     sensible = {"--data": ["images", "images", "file", "nowhere"], "--growthRate": ["1", "4"], "--depth": ["10", "7"],
                 "--reduction": ["0.5", "1"], "--dropRate": ["0", "0.2"], "--initChannels": ["1", "8"],
                 "--batchSz": ["64", "79", "80"], "--nEpochs": ["1", "4"], "--opt": ["sgd", "adam", "rmsprop"],
@@ -209,15 +206,16 @@ def random_line(draw):
         line += draw.choice([[name, value], [name, value], [f"{name}={value}"], [name]])
         line += ["frog", "ship"][:draw.choice([0, 1, 2])] if name == "--classes" else []
     line += draw.sample(SWITCHES, draw.choice([0, 0, 0, 1, 2])) + ["--bogus", "stray"][:draw.choice([0] * 20 + [1, 2])]
-    draw.shuffle(line) if draw.random() < 0.1 else None
+    if draw.random() < 0.1:
+        draw.shuffle(line)
     save = draw.choice(["run", f"new/{draw.random()}"])
     return ["--data", "images", *SMALL, "--nEpochs", "4" if save == "run" else "1", "--save", save, *line]
 
 
-def all_but_runs(somewhere, images):
-    """What must stay as it is, whatever the command line; it may add run directories."""
+def files_to_keep(somewhere, images):
+    """-> names and contents of the files that no command line may change; it may add files of runs"""
     files = contents(somewhere) | {f"images/{name}": content for name, content in contents(Path(images)).items()}
-    new = ("run/", "new/", "other/.", "other/l", "other/p", "other/r", "other/t")  # a run may begin beside other files
+    new = ("run/", "new/", "other/.", "other/l", "other/p", "other/r", "other/t")  # a run may begin in "other", too
     return {(name, content) for name, content in files.items() if not name.startswith(new)}
 
 
@@ -227,12 +225,12 @@ def set_up_for_fuzzing(somewhere, images, finished):
         (somewhere / "run" / name).write_bytes(content)
     (somewhere / "foreign/train.csv").write_text("id,label\n1,2\n")
     (somewhere / "foreign/latest.pth").write_bytes(b"mine")
-    return all_but_runs(somewhere, images)
+    return files_to_keep(somewhere, images)
 
 
 @pytest.mark.slow
 def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, finished, capfd, monkeypatch):
-    """Never a traceback, never a file lost that is not the run's own; 0, 1 (diverged) or 2 and one line on stderr."""
+    """The exit status is 0, or 1 (diverged) or 2 (refused) with one line on stderr."""
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw, statuses = random.Random(0), []
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 10**5)  # a machine of 10 GB
@@ -243,13 +241,13 @@ def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, fi
         assert "Traceback" not in err, (line, err)
         assert status == 0 or (status in (1, 2) and one_line(err)), (line, status, err)
         statuses.append(status)
-        assert all_but_runs(somewhere, images) >= before, line
+        assert files_to_keep(somewhere, images) >= before, line
         assert "--overwrite" in line or files <= set(contents(somewhere / "run")), line
-    assert statuses.count(0) > 40 and 1 in statuses and statuses.count(2) > 100  # it reaches all three
+    assert statuses.count(0) > 40 and 1 in statuses and statuses.count(2) > 100
 
 
 @pytest.mark.slow
-def test_four_random_lines_through_the_shell(somewhere, images, finished):
+def test_random_command_lines_in_their_own_processes(somewhere, images, finished):
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw = random.Random(1)
     lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:4]
@@ -260,22 +258,21 @@ def test_four_random_lines_through_the_shell(somewhere, images, finished):
             _, err = process.communicate(timeout=120)
             assert process.returncode in (0, 1, 2) and b"Traceback" not in err, (line, err)
             assert process.returncode == 0 or one_line(err.decode()), line
-    assert all_but_runs(somewhere, images) >= before
+    assert files_to_keep(somewhere, images) >= before
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_the_script_as_a_user_runs_it(tmp_path):
-    """On real images, through the shell, with figures; and then the files, one by one."""
+def test_the_script_trains_on_the_sample_and_writes_its_files(tmp_path):
     command = f"{sys.executable} {ROOT / 'train.py'} --data {SAMPLE} --depth 10 --growthRate 8 --nEpochs 2 --save r/s"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == ""  # no bar in a pipe
+    assert done.returncode == 0 and done.stderr == ""  # no progress bar in a pipe
     run = tmp_path / "r/s"
     assert sorted(contents(run)) == [".lock", "error.png", "latest.pth", "loss-error.png", "loss.png", "previous.pth",
                                      "run.json", "test.csv", "train.csv"]
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
-    assert all(stat.S_IMODE(p.stat().st_mode) & 0o044 == 0o044 for p in run.iterdir())  # as with a umask of 022
+    assert all(stat.S_IMODE(p.stat().st_mode) & 0o044 == 0o044 for p in run.iterdir())  # all may read
 
     train_rows, test_rows = rows(run / "train.csv"), rows(run / "test.csv")
     assert [row[0] for row in train_rows] == pytest.approx([i / 16 for i in range(32)])  # 1,000 images in steps of 64
@@ -292,12 +289,12 @@ def test_the_script_as_a_user_runs_it(tmp_path):
     final, best = test_rows[-1][2], min(row[2] for row in test_rows)
     last_line = done.stdout.splitlines()[-1]
     assert f"final test error {final:.2f}%, best {best:.2f}%" in last_line and "r/s" in last_line
-    assert len(done.stdout.splitlines()) == 4  # what it is, an epoch a line, the result
+    assert len(done.stdout.splitlines()) == 4  # the network, a line per epoch, the result
     for name in ("loss.png", "error.png", "loss-error.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_test_csv_is_what_the_saved_network_gives(finished, images, capsys):
+def test_test_csv_and_evaluate_agree_with_the_saved_network(finished, images, capsys):
     net = densenet.load(finished / "latest.pth")
     _, test = data.load("cifar10", images)
     output = net((test.images / 255 - net.mean) / net.std)
@@ -327,7 +324,7 @@ def test_evaluation_downloads_nothing_to_a_directory_that_was_not_given(finished
     assert "no CIFAR-10 in" in one_line(capsys.readouterr().err)
 
 
-def test_evaluation_escapes_what_a_terminal_would_obey(finished, images, tmp_path, capsys):
+def test_evaluation_escapes_control_characters_in_class_names(finished, images, tmp_path, capsys):
     checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
     edit(checkpoint, classes=["\x1b[2J", *"bcdefghij"])
     assert train.main(["--evaluate", str(checkpoint), "--data", images]) == 2
@@ -350,11 +347,11 @@ def test_colour_images_for_a_grayscale_network_are_one_line(finished, tmp_path, 
     assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
 
 
-def test_every_step_is_a_row_and_the_last_batch_counts(finished):
-    """80 images in steps of 32, 32 and 16."""
+def test_every_step_has_a_row_even_the_smaller_last_one(finished):
+    """80 images are steps of 32, 32 and 16."""
     assert [row[0] for row in rows(finished / "train.csv")] == pytest.approx([i / 3 for i in range(9)])
     checkpoint = torch.load(finished / "latest.pth", weights_only=True)
-    assert checkpoint["model"]["bn1.num_batches_tracked"] == 9  # once a step
+    assert checkpoint["model"]["bn1.num_batches_tracked"] == 9  # +1 in each step
     assert checkpoint["epoch"] == 3 and checkpoint["format"] == 1
     assert checkpoint["csvLengths"] == {name: (finished / name).stat().st_size for name in ("train.csv", "test.csv")}
 
@@ -373,37 +370,41 @@ def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path,
     flags = ["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         torch.manual_seed(len(name))
-        torch.rand(ord(name))  # whatever was drawn before
+        torch.rand(ord(name))  # earlier draws must not matter
         assert train.main([*flags, str(tmp_path / name), "--seed", seed]) == 0
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert "train.csv" in differences(tmp_path / "a", tmp_path / "c")
 
 
 def test_no_augment_shows_the_images_as_they_are(images, tmp_path, monkeypatch):
-    seen = {}
-    for name, flags in (("plain", ["--no-augment"]), ("augmented", [])):
-        batches = seen[name] = []
-        monkeypatch.setattr(train, "train_step", lambda *args, to=batches: (to.append(args[3]), torch.ones(2))[1])
-        train.main(["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save", str(tmp_path / name)])
     originals = data.load("cifar10", images)[0].images
     mean, std = (torch.tensor(v)[:, None, None] for v in data.mean_and_std(originals))
 
-    def as_sets(batches):
+    def images_of_an_epoch(*flags):
+        batches = []
+
+        def record(net, optimizer, precision, images, *_):
+            batches.append(images)
+            return torch.ones(2)
+
+        monkeypatch.setattr(train, "train_step", record)
+        save = str(tmp_path / "-".join(["run", *flags]))
+        assert train.main(["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save", save]) == 0
         return {tuple((x * std + mean).mul(255).round().int().flatten().tolist()) for x in torch.cat(batches)}
 
-    plain, augmented = as_sets(seen["plain"]), as_sets(seen["augmented"])
+    plain, augmented = images_of_an_epoch("--no-augment"), images_of_an_epoch()
     assert plain == {tuple(x.flatten().tolist()) for x in originals}
     assert len(augmented) == 80 and len(plain & augmented) < 8
 
 
-def test_training_images_alone_give_the_normalisation(finished, images):
+def test_images_are_normalised_by_the_training_images_alone(finished, images):
     checkpoint = torch.load(finished / "latest.pth", weights_only=True)
     assert (checkpoint["mean"], checkpoint["std"]) == data.mean_and_std(data.load("cifar10", images)[0].images)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["/bin/false", slow("/no/such/program")])
-def test_figures_that_fail_are_told_once_and_do_no_harm(images, finished, tmp_path, monkeypatch, capfd, program):
+def test_figures_that_fail_are_one_warning_and_no_harm(images, finished, tmp_path, monkeypatch, capfd, program):
     monkeypatch.setattr(sys, "executable", program)
     flags = [flag for flag in SMALL if flag != "--no-plot"]
     assert train.main(["--data", images, *flags, "--nEpochs", "3", "--save", str(tmp_path / "r")]) == 0
@@ -424,15 +425,15 @@ def test_out_of_memory_is_one_line(images, tmp_path, monkeypatch, capfd, error):
     assert "a new run with a smaller --batchSz, or with --efficient max" in one_line(capfd.readouterr().err)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(images, tmp_path, monkeypatch):
+def test_a_bug_keeps_its_traceback(images, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")])
 
 
 @pytest.mark.slow
-def test_standard_output_that_is_full_or_closed_is_told_in_one_line(images, tmp_path):
-    """What the shell gives a script: /dev/full, a pipe that nobody reads, closed."""
+def test_a_full_or_broken_standard_output_is_one_line_and_a_closed_one_is_none(images, tmp_path):
+    """As the shell gives them to a script: /dev/full, a pipe that nobody reads, closed."""
     command = [sys.executable, str(ROOT / "train.py"), "--data", images, *SMALL, "--nEpochs", "1", "--save"]
     line = shlex.join(command)
     script = (f"{line} full >/dev/full; echo $?; ({line} pipe; echo $? >status) | true; cat status; "

@@ -1,4 +1,4 @@
-"""Other data sets, networks, classes and a validation set, from the command line to the files of the run."""
+"""Runs with other data sets, networks, classes and a validation set, from the command line to their files."""
 
 import functools
 import hashlib
@@ -21,36 +21,37 @@ import train
 from lib import data, network, run_directory
 from lib.batches import Batches
 
-NOT_OF_A_RUN = [*SMALL, "--nEpochs", "1"]
+ONE_EPOCH = [*SMALL, "--nEpochs", "1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Cats, dogs and ships of the sample as files of mixed sizes and kinds; every fifth one is grayscale."""
+    """The sample's cats, dogs and ships as files of mixed sizes and formats; every fifth one is grayscale."""
     root, draw = tmp_path_factory.mktemp("data") / "pets and ships", random.Random(0)
     for name, images in zip(("train", "val"), data.load("cifar10", str(SAMPLE)), strict=True):
         for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
-            if (kind := images.classes[label]) in ("cat", "dog", "ship"):
-                (root / name / kind).mkdir(parents=True, exist_ok=True)
+            class_folder = root / name / images.classes[label]
+            if class_folder.name in ("cat", "dog", "ship"):
+                class_folder.mkdir(parents=True, exist_ok=True)
                 photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
                 photograph = photograph.resize((draw.randint(20, 90), draw.randint(20, 90)))
                 photograph = photograph.convert("L" if i % 5 == 0 else "RGB")
-                photograph.save(root / name / kind / f"{i}.{('jpg', 'png')[i % 2]}")
+                photograph.save(class_folder / f"{i}.{'png' if i % 2 else 'jpg'}")
     return root
 
 
 # --- data sets --------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_a_folder_of_images_of_any_size(folder, tmp_path, capsys):
+def test_a_run_on_a_folder_of_images_of_mixed_sizes(folder, tmp_path, capsys):
     save = tmp_path / "run"
-    argv = ["--dataset", "folder", "--data", str(folder), "--imageSize", "24", *NOT_OF_A_RUN]
+    argv = ["--dataset", "folder", "--data", str(folder), "--imageSize", "24", *ONE_EPOCH]
     assert train.main([*argv, "--save", str(save)]) == 0
     about = json.loads((save / "run.json").read_text())
     assert about["classes"] == ["cat", "dog", "ship"] and about["trainImages"] == 300 and about["testImages"] == 60
     assert about["arguments"]["nClasses"] == 3 and about["arguments"]["inChannels"] == 3
     capsys.readouterr()
-    assert train.main(["--evaluate", str(save / "latest.pth")]) == 0  # of which images, the checkpoint knows
+    assert train.main(["--evaluate", str(save / "latest.pth")]) == 0  # the checkpoint's flags say on which images
     assert f"{rows(save / 'test.csv')[0][2]:.2f}% of 60 images" in capsys.readouterr().out
 
 
@@ -62,7 +63,7 @@ def test_a_grayscale_folder_makes_a_network_of_one_channel(folder, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).convert("L").save(target)
     save = tmp_path / "run"
-    assert train.main(["--dataset", "folder", "--data", str(gray), *NOT_OF_A_RUN, "--save", str(save)]) == 0
+    assert train.main(["--dataset", "folder", "--data", str(gray), *ONE_EPOCH, "--save", str(save)]) == 0
     about = json.loads((save / "run.json").read_text())
     assert about["arguments"]["inChannels"] == 1 and len(about["mean"]) == 1
     assert densenet.load(save / "latest.pth")(torch.rand(1, 1, 32, 32)).shape == (1, 3)
@@ -72,7 +73,7 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     bad = sorted((broken / "train/dog").iterdir())[3]
     bad.write_bytes(bad.read_bytes()[:60])
-    err = refused(train.main, capsys, "--dataset", "folder", "--data", broken, *NOT_OF_A_RUN,
+    err = refused(train.main, capsys, "--dataset", "folder", "--data", broken, *ONE_EPOCH,
                   "--save", tmp_path / "run")
     assert str(bad) in err
     assert not (tmp_path / "run").exists()
@@ -88,7 +89,7 @@ def test_cifar100_trains_a_network_of_its_100_fine_classes(tmp_path):
         records.tofile(folder / name)
     (folder / "fine_label_names.txt").write_text("".join(f"class{i}\n" for i in range(100)))
     save = tmp_path / "run"
-    assert train.main(["--dataset", "cifar100", "--data", str(tmp_path), *NOT_OF_A_RUN, "--save", str(save)]) == 0
+    assert train.main(["--dataset", "cifar100", "--data", str(tmp_path), *ONE_EPOCH, "--save", str(save)]) == 0
     about = json.loads((save / "run.json").read_text())
     assert len(about["classes"]) == about["arguments"]["nClasses"] == 100
 
@@ -103,13 +104,13 @@ def test_svhn_is_never_augmented_and_takes_40_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
     args, _ = train.parse_args(["--dataset", "svhn"])
     assert args.nEpochs == 40 and args.no_augment
-    argv = ["--dataset", "svhn", "--extra", "--data", str(tmp_path), *NOT_OF_A_RUN]
+    argv = ["--dataset", "svhn", "--extra", "--data", str(tmp_path), *ONE_EPOCH]
     assert train.main([*argv, "--save", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["trainImages"] == 100
 
 
 @pytest.mark.slow
-def test_a_choice_of_classes_is_the_whole_task(sample, tmp_path, capsys):
+def test_a_run_on_two_classes_trains_and_tests_on_these_only(sample, tmp_path, capsys):
     argv = ["--data", sample, *SMALL, "--nEpochs", "2", "--save", str(tmp_path / "run")]
     assert train.main([*argv, "--classes", "dog", "cat"]) == 0
     about = json.loads((tmp_path / "run/run.json").read_text())
@@ -132,21 +133,26 @@ def flags():
 
 @pytest.fixture(scope="module")
 def validated(flags, tmp_path_factory):
-    """The uninterrupted run; not to be written to."""
+    """The directory of a run that was never interrupted. Tests must not write to it."""
     save = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main([*flags, "--save", str(save)]) == 0
     return save
 
 
-def test_validation_chooses_and_the_test_set_is_used_once(flags, tmp_path, monkeypatch):
-    sizes, augmented = [], []
-    evaluate, crop = train.evaluate, Batches.augmented
-    monkeypatch.setattr(train, "evaluate", lambda net, b, *more: (sizes.append(b.n), evaluate(net, b, *more))[1])
-    monkeypatch.setattr(Batches, "augmented", lambda b, *more: (augmented.append(b.n), crop(b, *more))[1])
+def test_validation_chooses_the_epoch_and_the_test_set_is_used_once(flags, tmp_path, monkeypatch):
+    used = []
+
+    def recorded(name, original):
+        def record(batches, *args):
+            used.append((name, batches.n))
+            return original(batches, *args)
+        return record
+
+    for name in ("plain", "augmented"):
+        monkeypatch.setattr(Batches, name, recorded(name, getattr(Batches, name)))
     save = tmp_path / "run"
     assert train.main([*flags, "--save", str(save)]) == 0
-    assert sizes == [50, 50, 50, 50, 40]
-    assert augmented == [150] * 4
+    assert used == [("augmented", 150), ("plain", 50)] * 4 + [("plain", 40)]
     validation, tested = rows(save / "val.csv"), rows(save / "test.csv")
     best = min(validation, key=lambda row: row[2])
     assert [row[0] for row in validation] == [1, 2, 3, 4] and len(tested) == 1
@@ -182,7 +188,7 @@ def test_best_is_made_again_if_the_run_was_stopped_before_it(flags, validated, t
 def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, tmp_path, capsys):
     save = shutil.copytree(validated, tmp_path / "run")
     best = densenet.read_checkpoint(save / "best.pth")["epoch"]
-    assert best < 4  # or it would be made again
+    assert best < 4  # best.pth of the last epoch would be made again
     path = save / "best.pth"
     for change, message in ((path.unlink, f"is missing, the checkpoint of epoch {best}; put it back"),
                             (lambda: torch.save({"format": 1, "epoch": 99}, path), "of epoch 99, the best was")):
@@ -191,17 +197,17 @@ def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, t
         assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4]
 
 
-def test_more_epochs_after_the_end(validated, tmp_path):
+def test_a_finished_run_with_validation_takes_more_epochs(validated, tmp_path):
     save = shutil.copytree(validated, tmp_path / "run")
     assert train.main(["--resume", "--nEpochs", "5", "--save", str(save), "--no-plot"]) == 0
     assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4, 5]
-    assert len(rows(save / "test.csv")) == 1  # of this end, not of the one before
+    assert len(rows(save / "test.csv")) == 1  # of the new end only
     epochs = [densenet.read_checkpoint(save / name)["epoch"] for name in ("latest.pth", "previous.pth")]
     assert epochs == [5, 4]
 
 
 @pytest.mark.slow
-def test_the_last_figures_have_the_last_rows(flags, tmp_path):
+def test_the_figures_of_a_finished_run_show_its_last_rows(flags, tmp_path):
     save = tmp_path / "run"
     assert train.main([*[flag for flag in flags if flag != "--no-plot"], "--save", str(save)]) == 0
     drawn = (save / "loss.png").read_bytes()
@@ -223,7 +229,7 @@ def test_an_imagenet_network_trains_on_a_folder(folder, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache, and no network."""
+    """An empty cache of torch.hub, and no network."""
     def fail(*_, **__):
         raise URLError("no route to host")
 
@@ -235,7 +241,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pretrained_without_a_network_is_one_line(folder, hub, tmp_path, capfd):
+def test_pretrained_weights_that_cannot_be_downloaded_are_one_line(folder, hub, tmp_path, capfd):
     argv = ["--dataset", "folder", "--data", folder, "--arch", "densenet121", "--pretrained", "--imageSize", "32"]
     err = refused(train.main, capfd, *argv, "--save", tmp_path / "run")
     assert "no route to host" in err and "there is no" in err and "densenet121-a639ec97.pth" in err
@@ -283,9 +289,9 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
         else:
             assert value.equal(given[densenet.torchvision_name(name)]), name
     about = json.loads((tmp_path / "run/run.json").read_text())
-    assert about["mean"] == [0.485, 0.456, 0.406]  # as those weights were trained
+    assert about["mean"] == [0.485, 0.456, 0.406]  # these weights were trained with it
     shutil.rmtree(hub)
-    assert train.main(["--resume", "--nEpochs", "2", "--no-plot", "--save", str(tmp_path / "run")]) == 0  # without it
+    assert train.main(["--resume", "--nEpochs", "2", "--no-plot", "--save", str(tmp_path / "run")]) == 0
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -321,9 +327,9 @@ def test_images_too_small_for_the_network_are_refused(folder, tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_a_run_whose_data_are_elsewhere_is_not_downloaded_anew(sample, tmp_path, capsys, monkeypatch):
+def test_data_that_a_run_no_longer_finds_are_not_downloaded_again(sample, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(Path(sample).parent)
-    assert train.main(["--data", Path(sample).name, *NOT_OF_A_RUN, "--save", str(tmp_path / "run")]) == 0
+    assert train.main(["--data", Path(sample).name, *ONE_EPOCH, "--save", str(tmp_path / "run")]) == 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download"))
     capsys.readouterr()
