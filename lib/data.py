@@ -84,7 +84,7 @@ def load_test(dataset: str, root: str, *, imageSize: int = 32, download: bool = 
 def load_parts(dataset: str, root: str, parts: Parts, extra: bool, imageSize: int,
                may_download: bool) -> list[ImageSet]:
     if dataset not in DATASETS:
-        raise DataError(f"{dataset} is no data set; valid are {', '.join(DATASETS)}")
+        raise DataError(f"{dataset} is not a data set; valid are {', '.join(DATASETS)}")
     folder = Path(root)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--data {root} is not a directory")

@@ -233,7 +233,7 @@ def decode_image(path: Path, imageSize: int) -> torch.Tensor:
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large a picture; valid are at most {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path} cannot be decoded (it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})") from error
+        raise DataError(f"{path} cannot be decoded (it is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]})") from error
     except Exception as error:  # PIL's decoders raise SyntaxError, struct.error and others
         raise DataError(f"{path} cannot be decoded ({first_line(error)})") from error
 
@@ -241,7 +241,7 @@ def decode_image(path: Path, imageSize: int) -> torch.Tensor:
 def to_tensor(image: Image.Image, path: Path, imageSize: int) -> torch.Tensor:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
-        raise DataError(f"{path} has pixels of floating point (mode F); valid are whole numbers of 8 or 16 bits")
+        raise DataError(f"{path} has floating-point pixels (mode F); valid are whole numbers of 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which PIL's convert() would clip at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

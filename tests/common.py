@@ -80,10 +80,10 @@ def resume(run: Path, *flags: str) -> int:
     return train.main(["--resume", "--save", str(run), "--no-plot", *flags])
 
 
-def edit(checkpoint: Path, **changes: Any) -> None:
+def edit_checkpoint(path: Path, **changes: Any) -> None:
     """Changes entries of a checkpoint; None removes the entry."""
-    content = torch.load(checkpoint, weights_only=True) | changes
-    torch.save({name: value for name, value in content.items() if name not in changes or value is not None}, checkpoint)
+    content = torch.load(path, weights_only=True) | changes
+    torch.save({name: value for name, value in content.items() if name not in changes or value is not None}, path)
 
 
 def stopped_at(function, call, argv, number=signal.SIGTERM, module=train):

@@ -16,8 +16,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from lib import data
 
-BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
-FINE = [f"fine_{i:02}" for i in range(100)]
+BATCH_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
+FINE_CLASSES = [f"fine_{i:02}" for i in range(100)]
 
 
 def made_up(n, seed=0):
@@ -31,7 +31,7 @@ def write_binary(folder, train=(4, 3), test=2):
     """A small data set in several batch files -> all training records, test records"""
     folder.mkdir(parents=True)
     batches = [made_up(n, seed) for seed, n in enumerate(train)]
-    for name, records in zip(BATCHES, batches, strict=False):
+    for name, records in zip(BATCH_FILES, batches, strict=False):
         records.tofile(folder / name)
     made_up(test, 99).tofile(folder / "test_batch.bin")
     return np.concatenate(batches), made_up(test, 99)
@@ -100,7 +100,7 @@ def test_full_size_files_need_the_published_sums(tmp_path, monkeypatch):
     grow_to_full_size(folder / "data_batch_3.bin")
     with pytest.raises(data.DataError, match=r"data_batch_1.bin has 3073 bytes; valid are 30730000"):
         data.load("cifar10", str(folder))
-    for name in [*BATCHES, "test_batch.bin"]:
+    for name in [*BATCH_FILES, "test_batch.bin"]:
         grow_to_full_size(folder / name)
     with pytest.raises(data.DataError, match=r"data_batch_1.bin is damaged: its MD5 sum is \w{32}, CIFAR-10's is 5dd7"):
         data.load("cifar10", str(folder))
@@ -118,7 +118,7 @@ def test_full_size_files_need_the_published_sums(tmp_path, monkeypatch):
 def write_python(folder, monkeypatch, reader=CIFAR10, n=2):
     """Writes the pickled layout, and has its MD5 sums taken for the published ones -> training, test records"""
     folder.mkdir(parents=True)
-    label, classes = ("labels", CLASSES) if reader is CIFAR10 else ("fine_labels", FINE)
+    label, classes = ("labels", CLASSES) if reader is CIFAR10 else ("fine_labels", FINE_CLASSES)
     names = [name for name, _ in [*reader.train_list, *reader.test_list]]
     batches = {name: made_up(n, seed) for seed, name in enumerate(names)}
     files = {name: {"data": records[:, 1:], label: records[:, 0].tolist()} for name, records in batches.items()}
@@ -134,7 +134,8 @@ def write_python(folder, monkeypatch, reader=CIFAR10, n=2):
     return np.concatenate([batches[name] for name in names[:-1]]), batches[names[-1]]
 
 
-@pytest.mark.parametrize("dataset, reader, classes", [("cifar10", CIFAR10, CLASSES), ("cifar100", CIFAR100, FINE)])
+@pytest.mark.parametrize("dataset, reader, classes", [
+    ("cifar10", CIFAR10, CLASSES), ("cifar100", CIFAR100, FINE_CLASSES)])
 @pytest.mark.parametrize("own", [False, True])
 def test_the_python_version_gives_the_same_as_the_binary_one(tmp_path, monkeypatch, dataset, reader, classes, own):
     folder = tmp_path / reader.base_folder
@@ -200,7 +201,7 @@ def test_a_file_in_the_place_of_the_data_directory_is_refused(tmp_path, dataset)
 
 
 def test_an_unknown_data_set_is_refused_with_the_valid_ones(tmp_path):
-    assert "mnist is no data set; valid are cifar10, cifar100, svhn, folder" in load_error("mnist", tmp_path)
+    assert "mnist is not a data set; valid are cifar10, cifar100, svhn, folder" in load_error("mnist", tmp_path)
 
 
 # --- CIFAR-100's binary version ---------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_an_unknown_data_set_is_refused_with_the_valid_ones(tmp_path):
 def write_cifar100(folder, train=5, test=3):
     """-> records of training and test set: coarse label, fine label, pixels"""
     folder.mkdir(parents=True)
-    (folder / "fine_label_names.txt").write_text("\n".join(FINE) + "\n\n")
+    (folder / "fine_label_names.txt").write_text("\n".join(FINE_CLASSES) + "\n\n")
     files = {}
     for name, n in (("train.bin", train), ("test.bin", test)):
         files[name] = np.random.default_rng(n).integers(0, 256, (n, 3074), dtype=np.uint8)
@@ -222,7 +223,7 @@ def write_cifar100(folder, train=5, test=3):
 def test_cifar100_has_the_fine_labels(tmp_path, where):
     expected = write_cifar100(tmp_path / "d" / where)
     for images, records in zip(data.load("cifar100", str(tmp_path / "d")), expected, strict=True):
-        assert images.labels.tolist() == records[:, 1].tolist() and images.classes == FINE
+        assert images.labels.tolist() == records[:, 1].tolist() and images.classes == FINE_CLASSES
         assert images.labels.dtype == torch.int64 and images.images.dtype == torch.uint8
         assert np.array_equal(images.images.numpy(), records[:, 2:].reshape(-1, 3, 32, 32))
 
@@ -236,8 +237,9 @@ def test_cifar100_has_the_fine_labels(tmp_path, where):
     ("test.bin", lambda path: os.truncate(path, 30_740_000), "has 15370 bytes; valid are 153700000"),
     ("fine_label_names.txt", lambda path: path.unlink(), "cannot be read"),
     ("fine_label_names.txt", lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read"),
-    ("fine_label_names.txt", lambda path: path.write_text("\n".join(FINE[1:])), "99 names"),
-    ("fine_label_names.txt", lambda path: path.write_text("\n".join([*FINE[1:], FINE[1]])), "100 names, 99 of them"),
+    ("fine_label_names.txt", lambda path: path.write_text("\n".join(FINE_CLASSES[1:])), "99 names"),
+    ("fine_label_names.txt", lambda path: path.write_text("\n".join([*FINE_CLASSES[1:], FINE_CLASSES[1]])),
+     "100 names, 99 of them"),
 ])
 def test_damaged_cifar100_is_named(tmp_path, name, damage, said):
     write_cifar100(tmp_path / "d")
@@ -353,13 +355,13 @@ def without_training_images(folder, names):
 
 def test_test_images_alone_of_the_binary_versions(tmp_path):
     _, records = write_binary(tmp_path / "ten")
-    for _ in without_training_images(tmp_path / "ten", BATCHES[:2]):
+    for _ in without_training_images(tmp_path / "ten", BATCH_FILES[:2]):
         test = data.load_test("cifar10", str(tmp_path / "ten"))
         assert np.array_equal(test.images.numpy(), records[:, 1:].reshape(-1, 3, 32, 32)) and test.classes == CLASSES
     _, records = write_cifar100(tmp_path / "hundred")
     for _ in without_training_images(tmp_path / "hundred", ["train.bin"]):
         test = data.load_test("cifar100", str(tmp_path / "hundred"))
-        assert test.labels.tolist() == records[:, 1].tolist() and test.classes == FINE
+        assert test.labels.tolist() == records[:, 1].tolist() and test.classes == FINE_CLASSES
 
 
 @pytest.mark.parametrize("dataset, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])

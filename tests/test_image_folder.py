@@ -228,7 +228,7 @@ def test_of_many_broken_images_the_first_five_are_named(tmp_path, photographs, n
     for path in broken:
         path.write_text("no image")
     message = load_error("folder", root)
-    said = " cannot be decoded (it is no JPEG, PNG, WEBP, BMP, TIFF or PPM)"
+    said = " cannot be decoded (it is not JPEG, PNG, WEBP, BMP, TIFF or PPM)"
     assert message == "; ".join(f"{path}{said}" for path in broken[:5]) + more
 
 
@@ -268,7 +268,7 @@ def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow then searches PATH
     (tmp_path / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
-    with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is no JPEG, PNG"):
+    with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is not JPEG, PNG"):
         image_folder.decode_image(tmp_path / "0.png", 32)
     assert not (tmp_path / "started").exists()
 
@@ -276,12 +276,12 @@ def test_postscript_does_not_start_ghostscript(tmp_path, monkeypatch):
 def test_other_formats_under_an_images_name_are_refused(tmp_path, photographs):
     for name in ("GIF", "ICO", "TGA", "PCX", "SGI", "DDS", "ICNS"):
         photographs["cat"][0].save(tmp_path / "0.png", format=name)
-        with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is no JPEG, PNG"):
+        with pytest.raises(data.DataError, match=r"0\.png cannot be decoded \(it is not JPEG, PNG"):
             image_folder.decode_image(tmp_path / "0.png", 32)
 
 
 @pytest.mark.parametrize("pixels, said", [
-    (np.linspace(0, 1, 1024, dtype=np.float32), "has pixels of floating point (mode F); valid are whole numbers"),
+    (np.linspace(0, 1, 1024, dtype=np.float32), "has floating-point pixels (mode F); valid are whole numbers"),
     (np.arange(1024, dtype=np.int32) - 1, "has pixels from -1 to 1022 (mode I); valid are 0 to 65535"),
     (np.arange(1024, dtype=np.int32) + 65536 - 1023, "has pixels from 64513 to 65536 (mode I); valid are 0 to 65535"),
     (np.full(1024, -2**31, dtype=np.int32), "has pixels from -2147483648 to -2147483648 (mode I)"),

@@ -18,7 +18,7 @@ from common import (
     contents,
     cut_sample,
     differences,
-    edit,
+    edit_checkpoint,
     flip,
     one_line,
     resume,
@@ -287,7 +287,7 @@ def test_other_images_are_refused(interrupted, capfd, tmp_path):
 
 
 def test_without_digests_the_images_are_compared_by_number_and_mean(interrupted, whole, capfd, tmp_path):
-    edit(interrupted / "latest.pth", digests=None, csvDigests=None)
+    edit_checkpoint(interrupted / "latest.pth", digests=None, csvDigests=None)
     other = cut_sample(tmp_path / "other", 79)
     assert "holds other images" in run_refused(capfd, interrupted, "--resume", "--data", other)
     assert resume(interrupted) == 0
@@ -300,7 +300,7 @@ def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, 
         assert torch.get_num_threads() == 1 and "warning" not in capfd.readouterr().err
         environment = torch.load(interrupted / "latest.pth", weights_only=True)["environment"]
         assert {"device", "threads", "precision", "torch", "numpy", "cpuCapability"} <= environment.keys()
-        edit(interrupted / "latest.pth", environment=environment | {"torch": "1.0", "device": "abacus"})
+        edit_checkpoint(interrupted / "latest.pth", environment=environment | {"torch": "1.0", "device": "abacus"})
         assert resume(interrupted) == 0
     finally:
         torch.set_num_threads(1)
@@ -312,7 +312,7 @@ def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, 
 @pytest.mark.parametrize("threads", [10**6, slow(0), slow(-1), "many"])
 def test_an_impossible_saved_thread_count_is_not_restored(interrupted, threads, capfd):
     environment = torch.load(interrupted / "latest.pth", weights_only=True)["environment"]
-    edit(interrupted / "latest.pth", environment=environment | {"threads": threads})
+    edit_checkpoint(interrupted / "latest.pth", environment=environment | {"threads": threads})
     try:
         assert resume(interrupted) == 0
         assert torch.get_num_threads() <= os.cpu_count()
@@ -340,7 +340,7 @@ def test_a_saved_deterministic_flag_holds_in_resuming_and_evaluating(flags, tmp_
 @pytest.mark.slow
 def test_dropout_of_an_older_run_continues_with_one_warning(flags, tmp_path, capfd):
     assert stopped_at("train_step", 4, [*flags, "--dropRate", "0.2", "--save", str(tmp_path / "run")]) == 143
-    edit(tmp_path / "run/latest.pth", version=None)
+    edit_checkpoint(tmp_path / "run/latest.pth", version=None)
     capfd.readouterr()
     assert resume(tmp_path / "run") == 0
     assert "version 1.0" in one_line(capfd.readouterr().err, "train.py: warning: ")

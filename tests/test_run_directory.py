@@ -19,7 +19,7 @@ from common import (
     SMALL,
     contents,
     differences,
-    edit,
+    edit_checkpoint,
     flip,
     full_disk,
     one_line,
@@ -113,7 +113,7 @@ def test_another_runs_checkpoint_is_refused(interrupted, images, tmp_path, capfd
     said = run_refused(capfd, interrupted, "--resume")
     assert "train.csv" in said and ("rows are lost" in said or "was changed" in said)
     flags = torch.load(interrupted / "latest.pth", weights_only=True)["flags"]
-    edit(interrupted / "latest.pth", flags=flags | {"growthRate": 4}, epoch=3, csvLengths={})
+    edit_checkpoint(interrupted / "latest.pth", flags=flags | {"growthRate": 4}, epoch=3, csvLengths={})
     assert "does not fit its own flags" in run_refused(capfd, interrupted, "--resume")
 
 
@@ -124,7 +124,7 @@ def test_another_runs_checkpoint_is_refused(interrupted, images, tmp_path, capfd
     ({"data": None}, "--data is 'None'")])
 def test_saved_flags_that_the_command_line_would_refuse_are_refused(interrupted, capfd, change, said):
     flags = torch.load(interrupted / "latest.pth", weights_only=True)["flags"]
-    edit(interrupted / "latest.pth", flags=flags | change)
+    edit_checkpoint(interrupted / "latest.pth", flags=flags | change)
     assert said in run_refused(capfd, interrupted, "--resume")
     assert train.main(["--evaluate", str(interrupted / "latest.pth")]) == 2
     assert said in one_line(capfd.readouterr().err)
@@ -135,7 +135,7 @@ def test_saved_flags_that_the_command_line_would_refuse_are_refused(interrupted,
     {"csvLengths": {"train.csv": "9"}}, {"epoch": -1}, {"best": {"epoch": 1}}, {"best": {"error": 1.0, "epoch": "1"}},
     {"mean": ["red"] * 3}, {"path": "/bin/sh"}, {"test": {}}], ids=str)
 def test_a_strangers_checkpoint_with_parts_of_a_wrong_kind_is_refused(interrupted, capfd, change):
-    edit(interrupted / "latest.pth", **change)
+    edit_checkpoint(interrupted / "latest.pth", **change)
     assert "parts of it are missing or of a wrong kind" in run_refused(capfd, interrupted, "--resume")
 
 
@@ -156,7 +156,7 @@ def test_lost_rows_and_lost_checkpoints_are_refused(interrupted, capfd):
 def test_a_csv_that_was_saved_again_is_refused(interrupted, capfd, name, older):
     """pandas writes "1" as "1.0": the old length would cut a row in the middle."""
     if older:
-        edit(interrupted / "latest.pth", csvDigests=None)
+        edit_checkpoint(interrupted / "latest.pth", csvDigests=None)
     pandas.read_csv(interrupted / name).astype(float).to_csv(interrupted / name, index=False)
     said = run_refused(capfd, interrupted, "--resume")
     assert f"{interrupted / name} was changed" in said and "--overwrite" in said

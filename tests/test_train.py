@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ROOT, SAMPLE, SMALL, contents, differences, edit, one_line, rows, slow
+from common import ROOT, SAMPLE, SMALL, contents, differences, edit_checkpoint, one_line, rows, slow
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -319,14 +319,14 @@ def test_evaluation_downloads_nothing_to_a_directory_that_was_not_given(finished
     (tmp_path / "empty").mkdir()
     checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
     flags = torch.load(checkpoint, weights_only=True)["flags"]
-    edit(checkpoint, flags=flags | {"data": str(tmp_path / "empty")})
+    edit_checkpoint(checkpoint, flags=flags | {"data": str(tmp_path / "empty")})
     assert train.main(["--evaluate", str(checkpoint)]) == 2
     assert "no CIFAR-10 in" in one_line(capsys.readouterr().err)
 
 
 def test_evaluation_escapes_control_characters_in_class_names(finished, images, tmp_path, capsys):
     checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
-    edit(checkpoint, classes=["\x1b[2J", *"bcdefghij"])
+    edit_checkpoint(checkpoint, classes=["\x1b[2J", *"bcdefghij"])
     assert train.main(["--evaluate", str(checkpoint), "--data", images]) == 2
     err = one_line(capsys.readouterr().err)
     assert "\x1b" not in err and r"\x1b[2J" in err
