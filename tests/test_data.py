@@ -146,7 +146,7 @@ def test_the_python_version_gives_the_same_as_the_binary_one(tmp_path, monkeypat
         assert images.classes == classes
 
 
-def test_damaged_python_version_is_named_and_not_unpickled(tmp_path, monkeypatch):
+def test_a_damaged_python_version_is_named_and_not_unpickled(tmp_path, monkeypatch):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -241,7 +241,7 @@ def test_cifar100_has_the_fine_labels(tmp_path, where):
     ("fine_label_names.txt", lambda path: path.write_text("\n".join([*FINE_CLASSES[1:], FINE_CLASSES[1]])),
      "100 names, 99 of them"),
 ])
-def test_damaged_cifar100_is_named(tmp_path, name, damage, said):
+def test_a_damaged_cifar100_file_is_named(tmp_path, name, damage, said):
     write_cifar100(tmp_path / "d")
     damage(tmp_path / "d" / name)
     message = load_error("cifar100", tmp_path / "d")
@@ -285,7 +285,7 @@ def test_svhn_is_read_with_and_without_its_extra_images(tmp_path, extra):
     (dict(X=np.zeros((32, 32, 3, 4))), "float64 images"),
     (dict(y=np.array([["a"], ["b"]])), "cannot be read"),
 ])
-def test_wrong_svhn_is_named(tmp_path, changes, said):
+def test_an_svhn_file_of_another_layout_is_named(tmp_path, changes, said):
     write_svhn(tmp_path, {"train": 4})
     write_svhn(tmp_path, {"test": 4}, **changes)
     message = load_error("svhn", tmp_path)
@@ -295,7 +295,7 @@ def test_wrong_svhn_is_named(tmp_path, changes, said):
 @pytest.mark.parametrize("damage", [
     lambda path: os.truncate(path, path.stat().st_size - 100), lambda path: os.truncate(path, 0), make_folder,
     lambda path: path.write_text("<html>404</html>"), put(300, 77)])
-def test_damaged_svhn_is_named(tmp_path, damage):
+def test_a_damaged_svhn_file_is_named(tmp_path, damage):
     write_svhn(tmp_path, {"train": 4, "test": 4})
     damage(tmp_path / "train_32x32.mat")
     message = load_error("svhn", tmp_path)
@@ -353,7 +353,7 @@ def without_training_images(folder, names):
         yield
 
 
-def test_test_images_alone_of_the_binary_versions(tmp_path):
+def test_load_test_needs_no_training_images_of_the_binary_versions(tmp_path):
     _, records = write_binary(tmp_path / "ten")
     for _ in without_training_images(tmp_path / "ten", BATCH_FILES[:2]):
         test = data.load_test("cifar10", str(tmp_path / "ten"))
@@ -365,7 +365,7 @@ def test_test_images_alone_of_the_binary_versions(tmp_path):
 
 
 @pytest.mark.parametrize("dataset, reader", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
-def test_test_images_alone_of_the_python_version(tmp_path, monkeypatch, dataset, reader):
+def test_load_test_needs_no_training_images_of_the_python_version(tmp_path, monkeypatch, dataset, reader):
     folder = tmp_path / reader.base_folder
     _, records = write_python(folder, monkeypatch, reader)
     for _ in without_training_images(folder, [name for name, _ in reader.train_list]):
@@ -376,7 +376,7 @@ def test_test_images_alone_of_the_python_version(tmp_path, monkeypatch, dataset,
         data.load_test(dataset, str(tmp_path))
 
 
-def test_test_images_alone_of_svhn(tmp_path):
+def test_load_test_needs_no_training_images_of_svhn(tmp_path):
     made = write_svhn(tmp_path, {"train": 4, "test": 3})
     for _ in without_training_images(tmp_path, ["train_32x32.mat"]):
         test = data.load_test("svhn", str(tmp_path))

@@ -137,7 +137,7 @@ def test_classes_that_differ_only_in_unicode_normalisation_are_one(tmp_path, pho
     assert train.classes == test.classes == [composed, "dog"] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_test_images_are_read_without_the_training_images(tmp_path, photographs):
+def test_load_test_needs_no_training_images(tmp_path, photographs):
     root = write_folder(tmp_path / "d", photographs)
     _, expected = data.load("folder", str(root), imageSize=24)
     for change in (lambda: (root / "train/cat/0.png").write_text("broken"), lambda: shutil.rmtree(root / "train")):
@@ -169,7 +169,7 @@ def test_images_are_resized_and_cropped_as_by_torchvision(tmp_path, photographs,
 
 
 @pytest.mark.parametrize("size", [(1, 300), (301, 7), (33, 31)])
-def test_any_shape_is_brought_to_the_size(tmp_path, photographs, size):
+def test_pictures_of_any_shape_become_square(tmp_path, photographs, size):
     photographs["dog"][0].resize(size).save(tmp_path / "0.png")
     assert image_folder.decode_image(tmp_path / "0.png", 16).shape == (3, 16, 16)
 
@@ -184,7 +184,7 @@ def test_a_folder_of_only_grayscale_images_has_one_channel(tmp_path, photographs
         assert train.images.shape == (6, 3, 32, 32) and test.images.shape == (2, 3, 32, 32)
 
 
-def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
+def test_every_kind_of_picture_is_read(tmp_path, photographs):
     """16 bits, palette, transparency, CMYK, several formats, and an orientation in the EXIF data"""
     image = photographs["cat"][0]
     for name in ("a.jfif", "a.JPE", "a.jpeg"):
@@ -215,7 +215,7 @@ def test_every_kind_of_image_file_is_read_in_colour(tmp_path, photographs):
     lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), lambda path: os.truncate(path, path.stat().st_size // 2)],
     ids=["empty", "text", "head", "half"])
 @pytest.mark.parametrize("name", ["train/dog/1.JPG", "test/cat/3.jpeg", "train/cat/0.png"])
-def test_broken_image_is_named(tmp_path, photographs, name, damage):
+def test_a_broken_image_is_named(tmp_path, photographs, name, damage):
     root = write_folder(tmp_path / "d", photographs)
     damage(root / name)
     assert f"{root / name} cannot be decoded (" in load_error("folder", root)
@@ -233,7 +233,7 @@ def test_of_many_broken_images_the_first_five_are_named(tmp_path, photographs, n
 
 
 @pytest.mark.parametrize("pillows_limit", [Image.MAX_IMAGE_PIXELS, None])
-def test_too_large_a_picture_is_refused_plainly(tmp_path, monkeypatch, pillows_limit):
+def test_a_picture_that_is_too_large_is_refused(tmp_path, monkeypatch, pillows_limit):
     path = tmp_path / "0.ppm"
     path.write_bytes(b"P6 20000 10000 255\n")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
@@ -286,7 +286,7 @@ def test_other_formats_under_an_images_name_are_refused(tmp_path, photographs):
     (np.arange(1024, dtype=np.int32) + 65536 - 1023, "has pixels from 64513 to 65536 (mode I); valid are 0 to 65535"),
     (np.full(1024, -2**31, dtype=np.int32), "has pixels from -2147483648 to -2147483648 (mode I)"),
 ])
-def test_values_beyond_16_bits_are_refused_by_mode(tmp_path, photographs, pixels, said):
+def test_pixels_beyond_16_bits_are_refused(tmp_path, photographs, pixels, said):
     root = write_folder(tmp_path / "d", photographs)
     path = root / "train/cat/0.tif"
     Image.fromarray(pixels.reshape(32, 32)).save(path)

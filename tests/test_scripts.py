@@ -10,7 +10,7 @@ from common import ROOT, SMALL, run_script
 SCRIPTS = ["train.py", "plot.py", "compare_grads.py", "numcheck.py", "make_graph.py"]
 
 
-def test_these_are_all_scripts():
+def test_this_file_knows_every_script():
     assert {path.name for path in ROOT.glob("*.py")} == {*SCRIPTS, "densenet.py"}
 
 

@@ -98,7 +98,7 @@ def test_each_optimizer_has_the_papers_settings(opt, kind, expected):
     assert net.fc.out_features == 2
 
 
-NONSENSE = [
+BAD_FLAGS = [
     ("--depth 11", "depth is 11; valid with bottleneck is 6n + 4, nearest 10 and 16"),
     ("--depth 12 --no-bottleneck", "nearest 10 and 13"), ("--depth 4", "nearest 10"), ("--depth 0", "'0'; valid is"),
     ("--depth -6", "'-6'; valid is a whole number from 1 to 4096"), ("--depth ten", "'ten'; valid is"),
@@ -153,8 +153,8 @@ def somewhere(tmp_path, monkeypatch, images):
     return tmp_path
 
 
-@pytest.mark.parametrize("line, said", NONSENSE, ids=[line[:40] for line, _ in NONSENSE])
-def test_nonsense_is_refused_in_one_line_and_nothing_is_written(somewhere, capfd, line, said):
+@pytest.mark.parametrize("line, said", BAD_FLAGS, ids=[line[:40] for line, _ in BAD_FLAGS])
+def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(somewhere, capfd, line, said):
     before = contents(somewhere), sorted(somewhere.rglob("*"))
     small = [flag for flag in SMALL if flag != "--no-cuda" or "--device" not in line]  # the two contradict
     assert train.main(["--data", "images", *small, *shlex.split(line)]) == 2

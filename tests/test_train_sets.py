@@ -310,7 +310,7 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
     ("--precision tf32 --no-cuda", "--precision tf32 needs a GPU; valid on cpu are fp32, bf16"),
     ("--precision fp16", "invalid choice: 'fp16'"),
 ])
-def test_nonsense_is_refused_in_one_line(sample, tmp_path, capsys, argv, message):
+def test_bad_flags_are_refused_in_one_line(sample, tmp_path, capsys, argv, message):
     assert message in refused(train.main, capsys, "--data", sample, *argv.split(), "--save", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
