@@ -199,7 +199,6 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def take(self, n: int) -> Iterator[None]:
-        """A context that holds n pixels of the budget, after waiting until they are free."""
         with self.changed:
             self.changed.wait_for(lambda: self.left >= n)
             self.left -= n

@@ -45,9 +45,8 @@ def load_sets(args: argparse.Namespace) -> Sets:
 
 
 def load_on_every_rank(args: argparse.Namespace, saved: dict[str, Any] | None, world: World) -> Sets:
-    """Loads the images on every rank; on each machine local rank 0 goes first, and downloads for the others.
-
-    Raises ValueError as ``load_sets``, or if the images are not those of rank 0 or of the saved run."""
+    """Loads the images on every rank; on each machine local rank 0 goes first, and downloads for the others. Raises
+    ValueError as ``load_sets``, or if the images are not those of rank 0 or of the saved run."""
     sets = None
     if world.local_rank == 0:
         sets = load_sets(args)

@@ -146,8 +146,7 @@ def run_script(script: str, *args: object, cwd: Path | None = None, **environmen
 
 @contextlib.contextmanager
 def full_disk(size: int = 0) -> Iterator[None]:
-    """A context in which no file can grow beyond ``size`` bytes: a write takes what fits, or raises OSError, "File too
-    large"."""
+    """A context in which no file can grow beyond ``size`` bytes: a write raises OSError, "File too large"."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

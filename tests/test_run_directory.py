@@ -70,7 +70,6 @@ def test_two_damaged_checkpoints_are_refused(interrupted, capfd):
 
 class Payload:
     """Makes the directory ``path`` when it is unpickled."""
-
     def __init__(self, path):
         self.path = path
 
