@@ -115,7 +115,8 @@ def argv(images):
 
 @pytest.mark.slow
 def test_two_ranks_with_sync_bn_have_the_loss_curve_of_one_process(tmp_path):
-    more = ["--data", cut_sample(tmp_path / "images", train=160), *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
+    images = cut_sample(tmp_path / "images", train=159)  # the last batch has 31: one rank has an image more
+    more = ["--data", images, *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
     assert "Warning" not in out and out.count("epoch 4/4") == 1
     assert train.main([*more, "--save", str(tmp_path / "one")]) == 0
@@ -123,7 +124,7 @@ def test_two_ranks_with_sync_bn_have_the_loss_curve_of_one_process(tmp_path):
     assert len(one) == 20
     assert one[:, 0].equal(two[:, 0])
     torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-4, atol=0)
-    assert (two[0, 1] - one[0, 1]).abs() < 1e-6  # the CSVs' seven digits
+    assert (two[0, 1] - one[0, 1]).abs() < 1.5e-6  # one in the last of the CSVs' seven digits
     for name in ("one", "two"):
         assert abs(table(tmp_path / name / "test.csv")[-1, 1] - table(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
 
