@@ -37,7 +37,7 @@ from lib.distributed import World, broadcast, broadcast_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
 from lib.image_set import normal_form, shorten
-from lib.layers import PATHS
+from lib.layers import EFFICIENT_OF_PATH
 from lib.memory import count_parameters
 from lib.network import check_images, check_network, make_net, pretrained_weights
 from lib.plot_process import Plotter
@@ -261,8 +261,8 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
                            ) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
     """-> both from the checkpoint ``saved``; or new ones, with weights from --seed or torchvision's"""
     torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same for every device
-    efficient = {name: value for value, name in PATHS.items()}[state["path"]]
-    net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1], efficient=efficient)
+    net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1],
+                   efficient=EFFICIENT_OF_PATH[state["path"]])
     is_resumed = saved is not None and "model" in saved
     if args.pretrained and not is_resumed:
         if world.local_rank == 0:

@@ -118,6 +118,10 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
         raise ValueError(f"--imageSize {args.imageSize}: --dataset {args.dataset} has its own size; valid with folder")
     if args.dataset != "svhn" and args.extra:
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
+    if args.no_nesterov and args.opt != "sgd":
+        raise ValueError(f"--no-nesterov: --opt {args.opt} has no momentum of this kind; valid with sgd")
+    if "border" in explicit and (args.no_augment or args.dataset == "svhn"):
+        raise ValueError(f"--border {args.border}: images that are not augmented have no border; leave it out")
     for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         if args.overwrite and os.environ.get(variable, "0") != "0":
             raise ValueError("--overwrite would replace what was trained before this restart "

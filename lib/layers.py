@@ -7,6 +7,7 @@ from torch.autograd.graph import Node
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 
 PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> DenseBlock.last_path
+EFFICIENT_OF_PATH = {path: efficient for efficient, path in PATHS.items()}
 SHIFT = 0.05  # in standard deviations: the most that settle_kinks moves an output of batch norm
 
 
