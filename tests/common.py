@@ -80,7 +80,7 @@ def resume(run: Path, *flags: str) -> int:
     return train.main(["--resume", "--save", str(run), "--no-plot", *flags])
 
 
-def edit_checkpoint(path: Path, **changes: Any) -> None:
+def edit_checkpoint(path: Path, /, **changes: Any) -> None:
     """Changes entries of a checkpoint; None removes the entry."""
     content = torch.load(path, weights_only=True) | changes
     torch.save({name: value for name, value in content.items() if name not in changes or value is not None}, path)
