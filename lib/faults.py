@@ -72,7 +72,7 @@ def break_layer(fault: str, layer: nn.Module) -> None:
 
 
 def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
-    """cat-order: -> x with its last channel moved to the front. cat-grad: -> x, whose gradient is reordered that way."""
+    """cat-order: -> x with its last channel moved to the front. cat-grad: -> x, but its gradient is reordered so."""
     if fault == "cat-order":
         return x.roll(1, 1)
     x = x.view_as(x)
