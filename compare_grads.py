@@ -2,8 +2,8 @@
 """Compare two implementations layer by layer: ./compare_grads.py [--against WHAT]
 
 Both get the same weights, images and labels. Every hidden state, running statistic and gradient is compared, in order
-of computation. Prints a table; --csv writes a row for each tensor, --plot draws a figure. Exit status: 0 all agree or
-this machine lacks what WHAT needs, 1 a tensor differs or the comparison could not be completed, 2 bad input.
+of computation. Prints a table; --csv writes a row for each tensor, --plot draws a figure. Exit status: 0 all agree, or
+skipped since this machine lacks something; 1 a tensor differs, or the comparison could not be completed; 2 bad input.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lib.figures import COLOURS, STYLE, png_of  # before matplotlib, see there
+from lib.figures import COLOURS, STYLE, png_of  # must be imported before matplotlib, see lib/figures.py
 
 # isort: split
 import matplotlib.style
@@ -34,8 +34,8 @@ from lib.layers import PATHS, describe, layers_of, settle_kinks
 from lib.recording import Record, Side, record
 from lib.torchvision_net import check_torchvision_has
 
-FACTOR = 4  # an error may be so many times as large as the reference's own rounding error
-LIMIT64 = 1e-10  # of the difference in float64, where rounding amounts to 1e-13
+FACTOR = 4  # an error may be this many times the reference's own rounding error
+LIMIT64 = 1e-10  # limit of the difference in float64, where rounding errors are about 1e-13
 AGAINST = {
     "torchvision": "our network against torchvision's, an independent implementation",
     "plain": "the efficient dense block against the textbook's",
@@ -49,17 +49,17 @@ AGAINST = {
 
 
 class Key(NamedTuple):
-    """A tensor that two implementations have in common."""
+    """A tensor that is compared."""
     layer: str
-    kind: str  # "state"; "gradient": the loss's with respect to a state; "parameter": with respect to it; "statistic"
+    kind: str  # "state", "statistic", "gradient" (with respect to a state), "parameter" (gradient with respect to it)
     name: str
 
 
 class Row(NamedTuple):
     """The comparison of one tensor.
 
-    The yardstick is the reference computed in float64. A difference is the largest of all elements, divided by the
-    largest element of the tensor.
+    A difference is the largest absolute difference of two elements, divided by the largest absolute element of the
+    yardstick. The yardstick is a computation in float64, usually of the reference, see sides().
     """
     layer: str
     kind: str
@@ -68,12 +68,12 @@ class Row(NamedTuple):
     difference: float  # between the tested implementation and the yardstick
     reference: float  # between the reference and the yardstick
     limit: float  # of ``difference``
-    difference64: float  # between the tested implementation in float64 and the yardstick; 0 if that is not computed
+    difference64: float  # between the tested implementation in float64 and the yardstick; 0 if not computed
     identical: bool  # tested and reference are equal bit for bit
 
     @property
     def share(self) -> float:
-        """The larger of the two differences as a share of its limit; above 1 the implementations differ."""
+        """``difference`` or ``difference64`` divided by its limit, whichever is larger. Above 1 the tensor differs."""
         shares = self.difference / self.limit, self.difference64 / LIMIT64
         return max(math.inf if math.isnan(share) else share for share in shares)
 
@@ -86,8 +86,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--against", choices=tuple(AGAINST), default="torchvision", metavar="WHAT",
         help=", ".join(f"{name} ({text})" for name, text in AGAINST.items()) + "; default: %(default)s")
     add("--efficient", choices=tuple(EFFICIENT), default=None,
-        help="how our dense blocks are computed, as in train.py; yes and max: gradients of the states inside a block "
-             "cannot be compared (default: no; with plain: yes)")
+        help="the path of our dense blocks, as in train.py; with yes and max the gradients of the states inside a "
+             "block are not compared (default: no; with plain: yes)")
     add("--checkpoint", metavar="FILE", type=cli.path, default=None,
         help="train.py's latest.pth: use its network and weights, in training mode; needs --data")
     add("--data", metavar="DIR", type=cli.path, default=None,
@@ -130,16 +130,17 @@ def missing(against: str) -> str | None:
         return "this machine has no GPU that PyTorch can use"
     if against == "cudnn-off" and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
-    if against == "compile" and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+    compiler = os.environ.get("CXX", "g++")
+    if against == "compile" and not shutil.which(compiler):
         return f"there is no C++ compiler {compiler}"
     return None
 
 
 def sides(args: argparse.Namespace) -> list[Side | None]:
-    """-> what is tested, the reference, the yardstick, and what is tested in float64 or None
+    """-> the tested side, the reference, the yardstick, and the tested side in float64 or None
 
-    In float64 rounding hides nothing. It makes no sense where the rounding itself is compared (float64, bf16), or where
-    another dtype is another compiled program (compile).
+    In float64, rounding errors are too small to hide a fault. It is None where the rounding errors are themselves
+    compared (float64, bf16), or where another dtype would compile another program (compile).
     """
     ours = Side("ours", path=EFFICIENT[args.efficient])
     theirs = Side("torchvision", torchvision=True)
@@ -156,20 +157,21 @@ def sides(args: argparse.Namespace) -> list[Side | None]:
         "bf16": (ours._replace(autocast=True), theirs._replace(autocast=True)),
     }[args.against]
     yardstick = (ours if args.against == "float64" else reference)._replace(dtype=torch.float64, autocast=False)
-    exact = None if args.against in ("float64", "compile", "bf16") else tested._replace(dtype=torch.float64)
-    return [tested, reference, yardstick, exact]
+    tested64 = None if args.against in ("float64", "compile", "bf16") else tested._replace(dtype=torch.float64)
+    return [tested, reference, yardstick, tested64]
 
 
 def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor]:
     """-> the network, with efficient=False; images, float32 (N, C, H, W), normalised; labels, int64 (N,)
 
     Raises:
-        ValueError, OSError: for a network that cannot be, and files that are missing, damaged or do not fit.
+        ValueError: for impossible dimensions of the network, and for files that are damaged or do not fit.
+        OSError: for files that cannot be read.
     """
     trained = densenet.load(args.checkpoint) if args.checkpoint else None
     if trained:
-        # no dropout: two networks would drop different values
-        net = DenseNet(**trained.arguments | {"dropRate": 0.0}, efficient=False)
+        arguments = trained.arguments | {"dropRate": 0.0}  # two networks would drop different values
+        net = DenseNet(**arguments, efficient=False)
         net.load_state_dict(trained.state_dict())
     else:
         torch.manual_seed(args.seed)
@@ -183,7 +185,7 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
         raise ValueError(f"--checkpoint {args.checkpoint} is for {a['nClasses']} classes and {a['inChannels']} channels"
                          f"{'' if a['smallInputs'] else ' of large images'}, not for the images of --data {args.data}")
     if n > len(images):
-        raise ValueError(f"--batchSz {n} is more than the {len(images)} training images; valid is at most that")
+        raise ValueError(f"--batchSz {n} is more than the {len(images)} training images; give at most {len(images)}")
     mean, std = (trained.mean, trained.std) if trained else torch.tensor(data.mean_and_std(images))[..., None, None]
     batch = torch.randperm(len(images))[:n]
     return net, (images[batch] / 255 - mean) / std, labels[batch]
@@ -192,7 +194,7 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
 # --- the comparison ---------------------------------------------------------------------------------------------
 
 def keys(net: DenseNet) -> Iterator[Key]:
-    """-> all tensors that can be compared, in order of computation: forward, then backward"""
+    """-> all tensors that can be compared, in order of computation: forward pass, then backward pass"""
     for name, module in layers_of(net):
         if name == "fc":
             yield Key("features", "state", "features")
@@ -214,45 +216,48 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare(net: DenseNet, records: list[Record | None], floor: float) -> list[Row]:
-    """-> a row for each tensor that was recorded, in order of computation
+    """-> a row for each tensor that tested and reference have recorded, in order of computation
 
-    The limit is FACTOR times the reference's largest error so far of tensors of the same kind, and at least FACTOR
-    times ``floor``: rounding errors accumulate from layer to layer.
+    Rounding errors accumulate from layer to layer. So the limit of a tensor is FACTOR times the largest error that the
+    reference has had up to there in tensors of the same kind, and at least FACTOR * ``floor``.
     """
-    tested, reference, yardstick, exact = records
-    so_far, rows = {}, []
+    tested, reference, yardstick, tested64 = records
+    largest, rows = {}, []  # kind -> the reference's largest error up to here
     for layer, kind, name in keys(net):
-        at = kind, name
-        if at in tested and at in reference:
-            own = difference(reference[at], yardstick[at])
-            so_far[kind] = max(so_far.get(kind, floor), own)
-            rows.append(Row(layer, kind, name, yardstick[at].double().norm().item(),
-                            difference(tested[at], yardstick[at]), own, FACTOR * so_far[kind],
-                            difference(exact[at], yardstick[at]) if exact else 0.0,
-                            torch.equal(tested[at], reference[at])))
+        key = kind, name
+        if key in tested and key in reference:
+            error = difference(reference[key], yardstick[key])
+            largest[kind] = max(largest.get(kind, floor), error)
+            rows.append(Row(layer, kind, name, norm=yardstick[key].double().norm().item(),
+                            difference=difference(tested[key], yardstick[key]),
+                            reference=error, limit=FACTOR * largest[kind],
+                            difference64=difference(tested64[key], yardstick[key]) if tested64 else 0.0,
+                            identical=torch.equal(tested[key], reference[key])))
     return rows
 
 
 def compare_sides(args: argparse.Namespace, net: DenseNet, images: torch.Tensor, labels: torch.Tensor) -> list[Row]:
     settle_kinks(net.double(), images.double())
-    net.float()  # so that the weights are the same in float32 and float64
-    tested, reference, yardstick, exact = sides(args)
+    net.float()  # round the weights, so that they are the same in float32 and float64
+    tested, reference, yardstick, tested64 = sides(args)
     records = [record(tested, net, images, labels, args.inject), record(reference, net, images, labels, None),
-               record(yardstick, net, images, labels, None), exact and record(exact, net, images, labels, args.inject)]
+               record(yardstick, net, images, labels, None),
+               record(tested64, net, images, labels, args.inject) if tested64 else None]
     if tested.autocast:
         return compare(net, records, torch.finfo(torch.bfloat16).eps)
-    m = images.numel() / images.shape[1]  # values in a channel: the rounding error of their sum grows with sqrt(m)
+    m = images.numel() / images.shape[1]  # values per channel; the rounding error of their sum grows with sqrt(m)
     return compare(net, records, torch.finfo(torch.float32).eps * math.sqrt(m))
 
 
 # --- results ----------------------------------------------------------------------------------------------------
 
 def by_layer(net: DenseNet, rows: list[Row]) -> dict[str, tuple[list[Row], list[Row]]]:
-    """-> layer -> its rows of the forward pass, and of the backward pass"""
-    found = {layer: ([], []) for layer in ["images", *(key.layer for key in keys(net))]}
+    """-> the layer's name -> its rows of the forward pass, its rows of the backward pass"""
+    layers = {layer: ([], []) for layer in ["images", *(key.layer for key in keys(net))]}
     for row in rows:
-        found[row.layer][row.kind in ("gradient", "parameter")].append(row)
-    return {layer: passes for layer, passes in found.items() if any(passes)}
+        forward, backward = layers[row.layer]
+        (backward if row.kind in ("gradient", "parameter") else forward).append(row)
+    return {layer: passes for layer, passes in layers.items() if any(passes)}
 
 
 def print_table(layers: dict[str, tuple[list[Row], list[Row]]], tested: str, reference: str) -> None:
@@ -273,9 +278,10 @@ def verdict(rows: list[Row]) -> str:
         if row.share > 1:
             what = {"state": "output of", "statistic": "statistic", "gradient": "gradient of the output of",
                     "parameter": "gradient of"}[row.kind]
-            found, limit = ((row.difference64, LIMIT64) if row.difference <= row.limit
-                            else (row.difference, row.limit))
-            return f"first difference: {what} {row.name}: {found:.1e}, limit {limit:.1e}"
+            value, limit = row.difference, row.limit
+            if value <= limit:
+                value, limit = row.difference64, LIMIT64
+            return f"first difference: {what} {row.name}: {value:.1e}, limit {limit:.1e}"
     worst = max(rows, key=lambda row: row.share)
     return (f"all {len(rows)} tensors agree, {sum(row.identical for row in rows)} of them bit for bit; nearest to its "
             f"limit is {worst.kind} {worst.name}, at {worst.share:.2f} of it")
@@ -298,10 +304,11 @@ def draw(axes: Axes, layers: dict[str, list[Row]], tested: str, reference: str) 
             (reference, "reference", {"color": COLOURS[5], "linewidth": 4}),
             (tested, "difference", {"color": COLOURS[0], "linewidth": 1.4})):
         axes.plot(x, [getattr(worst[i], field) for i in x], label=label, **style)
-    apart = {i: max(row.difference64 for row in layers[names[i]]) for i in x}
-    if any(apart.values()):
-        axes.plot([i for i in x if apart[i]], [d for d in apart.values() if d], color=COLOURS[2], linewidth=1.4,
-                  marker="o", markersize=2.5, label="between the two in float64")
+    in_float64 = {i: max(row.difference64 for row in layers[names[i]]) for i in x}
+    above_zero = {i: value for i, value in in_float64.items() if value}  # a log scale has no 0
+    if above_zero:
+        axes.plot(above_zero.keys(), above_zero.values(), color=COLOURS[2], linewidth=1.4, marker="o", markersize=2.5,
+                  label="between the two in float64")
     blocks = dict.fromkeys(name.partition(".")[0] for name in names if "." in name)
     spans = {block: [i for i, name in enumerate(names) if name.startswith(f"{block}.")] for block in blocks}
     for span in spans.values():
@@ -328,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit status"""
     try:
         args = parse_args(argv)
-        if reason := missing(args.against):
+        reason = missing(args.against)
+        if reason:
             print(cli.printable(f"skipped {args.against}: {reason}"))
             return 0
         net, images, labels = load(args)
@@ -337,9 +345,9 @@ def main(argv: list[str] | None = None) -> int:
             check_torchvision_has(net, args.against)
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2, "compare_grads.py")
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the weights
+    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory for the weights
         return fail(error, 2, "compare_grads.py")
-    title = f"{describe(net)}: {AGAINST[args.against]}{f'; injected: {args.inject}' if args.inject else ''}"
+    title = f"{describe(net)}: {AGAINST[args.against]}" + (f"; injected: {args.inject}" if args.inject else "")
     print(title)
     try:
         rows = compare_sides(args, net, images, labels)

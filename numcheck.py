@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Check gradients by numerical differentiation: ./numcheck.py compares the backward pass with central differences.
 
-In float64: both kinds of dense layer, the transition, the efficient dense block, and a whole network with its loss.
-Prints a table; --plot draws error against step size. Exit status: 0 all agree, 1 a gradient differs or the check could
-not be completed, 2 bad input.
+Checks both kinds of dense layer, the transition, the efficient dense block and a whole network with its loss, in
+float64. Prints a table; --plot draws error against step size. Exit status: 0 all agree, 1 a gradient differs or the
+check could not be completed, 2 bad input.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from lib.figures import COLOURS, STYLE, png_of  # before matplotlib, see there
+from lib.figures import COLOURS, STYLE, png_of  # must be imported before matplotlib, see lib/figures.py
 
 # isort: split
 import matplotlib.style
@@ -30,11 +30,11 @@ from lib.faults import WRONG_GRADIENTS, add_inject_flag, injected, target_of
 from lib.files import new_file, replace_file
 from lib.layers import PATHS, check_path, describe, layers_of, settle_kinks
 
-STEPS = (1e-6, 1e-5, 1e-7)  # larger steps have more truncation error, smaller ones more rounding error: see --plot
+STEPS = (1e-6, 1e-5, 1e-7)  # larger steps have more truncation error, smaller steps more rounding error: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
-LIMIT = 1e-7  # of errors relative to the gradient's norm: correct gradients stay below 1e-8, --inject's exceed 1e-3
-ENOUGH = LIMIT / 10  # with an error this small, no other step is tried
-DIRECTIONS = 2  # random directions for each layer of a whole network: single elements would take too long
+LIMIT = 1e-7  # error relative to the gradient's norm; correct gradients stay below 1e-8, injected faults exceed 1e-3
+GOOD_ENOUGH = LIMIT / 10  # no other step is tried if the error is at most this
+DIRECTIONS = 2  # random directions for each layer of a whole network; checking each element would take too long
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_net(args: argparse.Namespace, **more) -> DenseNet:
-    """Raises ValueError for geometry that no network can have."""
+    """Raises ValueError if no network has these dimensions."""
     torch.manual_seed(args.seed)
     return DenseNet(**network_arguments(args), **more)
 
@@ -61,26 +61,26 @@ class Group(NamedTuple):
     """Tensors and the directions along which their gradient is checked."""
     name: str
     tensors: list[torch.Tensor]
-    directions: list[list[torch.Tensor]]  # for each direction, a tensor of each tensor's shape
+    directions: list[list[torch.Tensor]]  # each direction has one tensor for each of ``tensors``, of the same shape
 
 
 class Case(NamedTuple):
-    """A line of the table: a loss, and what its gradient is checked for."""
+    """A row of the table: a loss function, and the tensors for which its gradient is checked."""
     name: str
     loss: Callable[[], torch.Tensor]
-    groups: list[Group]  # in order of computation
-    fault: contextlib.AbstractContextManager  # puts in the fault of --inject, if there is one
+    groups: list[Group]  # in order of the forward pass
+    fault: contextlib.AbstractContextManager  # injects the fault of --inject; does nothing without one
 
 
 class Result(NamedTuple):
     """The errors of a group's gradient."""
-    group: str
+    group: str  # the group's name
     n_directions: int
     errors: dict[float, float]  # step -> the largest error of all directions, relative to the gradient's norm
 
     @property
     def step(self) -> float:
-        """The step with the smallest error"""
+        """The step with the smallest error."""
         return min(self.errors, key=self.errors.get)
 
     @property
@@ -93,12 +93,13 @@ class Result(NamedTuple):
 
 
 def elements(name: str, tensor: torch.Tensor) -> Group:
-    """Every element of the tensor by itself."""
+    """-> a group with one direction for each element of the tensor"""
     unit = torch.eye(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return Group(name, [tensor], [[row.view_as(tensor)] for row in unit])
 
 
 def random_directions(name: str, tensors: list[torch.Tensor], n: int = DIRECTIONS) -> Group:
+    """-> a group with n random directions, each of which moves all tensors together"""
     return Group(name, tensors, [[torch.randn_like(t) for t in tensors] for _ in range(n)])
 
 
@@ -108,43 +109,46 @@ def slope(loss: Callable[[], torch.Tensor], tensors: list[torch.Tensor], directi
     """-> (loss(t + step d) - loss(t - step d)) / (2 step), the central difference along the direction d"""
     before = [t.clone() for t in tensors]
     values = []
-    for signed in (step, -step):
-        torch._foreach_copy_(tensors, torch._foreach_add(before, direction, alpha=signed))
+    for signed_step in (step, -step):
+        torch._foreach_copy_(tensors, torch._foreach_add(before, direction, alpha=signed_step))
         values.append(loss().item())
     torch._foreach_copy_(tensors, before)
     return (values[0] - values[1]) / (2 * step)
 
 
-def check_group(loss: Callable[[], torch.Tensor], group: Group, steps: Iterable[float], enough: float) -> Result:
-    """Tries the steps one after the other, until the error is at most ``enough``."""
+def check_group(loss: Callable[[], torch.Tensor], group: Group, steps: Iterable[float], good_enough: float) -> Result:
+    """Tries the steps one after another until the error is at most ``good_enough``."""
     grad = torch.autograd.grad(loss(), group.tensors)
     norm = max(math.sqrt(sum(g.square().sum().item() for g in grad)), 1e-300)
-    exact = [sum((g * d).sum().item() for g, d in zip(grad, way, strict=True)) for way in group.directions]
+    slopes = []  # of each direction, by the backward pass
+    for direction in group.directions:
+        slopes.append(sum((g * d).sum().item() for g, d in zip(grad, direction, strict=True)))
     errors = {}
     for step in steps:
-        errors[step] = max(abs(slope(loss, group.tensors, way, step) - e) / norm
-                           for way, e in zip(group.directions, exact, strict=True))
-        if errors[step] <= enough:
+        errors[step] = max(abs(slope(loss, group.tensors, direction, step) - from_backward) / norm
+                           for direction, from_backward in zip(group.directions, slopes, strict=True))
+        if errors[step] <= good_enough:
             break
     return Result(group.name, len(group.directions), errors)
 
 
 def check(case: Case, plotted: bool) -> tuple[list[Result], dict[float, float]]:
-    """-> a result for each group, in order of the backward pass; for the figure, the error of all tensors together in
-    random directions at each step, or an empty dict if not ``plotted``
+    """-> a result for each group, in order of the backward pass; the curve of the figure, or {} if not ``plotted``
+
+    The curve gives at each step the error of all tensors together, in random directions.
     """
     with case.fault:
-        results = [check_group(case.loss, group, STEPS, ENOUGH) for group in reversed(case.groups)]
+        results = [check_group(case.loss, group, STEPS, GOOD_ENOUGH) for group in reversed(case.groups)]
         if not plotted:
             return results, {}
         everything = random_directions("all", [t for group in case.groups for t in group.tensors], n=4)
-        return results, check_group(case.loss, everything, PLOTTED_STEPS, enough=0).errors
+        return results, check_group(case.loss, everything, PLOTTED_STEPS, good_enough=0).errors
 
 
 # --- cases ------------------------------------------------------------------------------------------------------
 
 def prepare(module: nn.Module, x: torch.Tensor, device: str) -> tuple[nn.Module, torch.Tensor]:
-    """-> both in float64 on the device, with no input of a ReLU near zero"""
+    """-> the module and its input x in float64 on the device; no ReLU in the module has an input near zero"""
     module, x = module.double().to(device), x.double().to(device)
     settle_kinks(module, x)
     return module, x.requires_grad_()
@@ -154,24 +158,24 @@ def module_case(module: nn.Module, fault: str | None, device: str) -> Case:
     """A dense layer or a transition: every element of its input and parameters."""
     module, x = prepare(module, torch.randn(2, module.bn1.num_features, 4, 4), device)
     weights = torch.randn_like(module(x))
-    groups = [elements("input", x), *(elements(*item) for item in module.named_parameters())]
+    groups = [elements("input", x), *(elements(name, p) for name, p in module.named_parameters())]
     return Case(type(module).__name__, lambda: (module(x) * weights).sum(), groups, injected(fault, module))
 
 
 def block_case(layer: type, recompute: bool, fault: str | None, device: str) -> Case:
-    """The efficient block with the batch norm and pooling after it: every element of its input and parameters."""
-    block = DenseBlock(layer(3, 2), layer(5, 2))
-    both, x = prepare(nn.Sequential(block, nn.BatchNorm2d(7)), torch.randn(2, 3, 4, 4), device)
+    """The efficient block with the batch norm and pooling that follow it: every element of its input and parameters."""
+    block, norm = DenseBlock(layer(3, 2), layer(5, 2)), nn.BatchNorm2d(7)
+    _, x = prepare(nn.Sequential(block, norm), torch.randn(2, 3, 4, 4), device)  # changes the modules in place
     weights = torch.randn(2, 7, 2, 2, dtype=x.dtype, device=device)
     groups = [elements("input", x), *(elements(f"layer {name}", p) for name, p in block.named_parameters()),
-              *(elements(f"last norm's {name}", p) for name, p in both[1].named_parameters())]
+              *(elements(f"last norm's {name}", p) for name, p in norm.named_parameters())]
     return Case(f"efficient block of {layer.__name__}{', max' if recompute else ''}",
-                lambda: (densenet.efficient_block(*both, x, (2, 2), recompute) * weights).sum(), groups,
+                lambda: (densenet.efficient_block(block, norm, x, (2, 2), recompute) * weights).sum(), groups,
                 injected(fault, block[1], efficient=True))
 
 
 def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -> Case:
-    """A whole network with its loss: random directions of the input and of each layer's parameters."""
+    """A whole network with its loss: random directions for the input and for each layer's parameters."""
     net, x = prepare(make_net(args, efficient=efficient), torch.randn(4, 3, 8, 8), device)
     labels = torch.randint(10, (4,), device=device)
 
@@ -180,8 +184,8 @@ def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -
         check_path(net, efficient)
         return value
 
-    groups = [random_directions("input", [x]),
-              *(random_directions(name, [*module.parameters()]) for name, module in layers_of(net))]
+    groups = [random_directions("input", [x])]
+    groups += [random_directions(name, list(module.parameters())) for name, module in layers_of(net)]
     return Case(f"network, {PATHS[efficient]}", loss, groups, injected(args.inject, target_of(net), bool(efficient)))
 
 
@@ -196,7 +200,7 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
 
 
 def backends() -> Iterator[tuple[str, str, contextlib.AbstractContextManager]]:
-    """-> name, device, context. Without cuDNN too: a wrong gradient may be cuDNN's alone, as in pytorch issue 708."""
+    """-> names, devices, contexts. A GPU is checked with and without cuDNN: see pytorch pull request 708."""
     yield "CPU", "cpu", contextlib.nullcontext()
     if torch.cuda.is_available():
         yield "CUDA, cuDNN on", "cuda", torch.backends.cudnn.flags(enabled=True)
@@ -214,7 +218,7 @@ def print_case(name: str, results: list[Result]) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, dict[float, float]]]:
-    """Prints the tables. -> all results with the names of their cases; case -> its curve in the figure, on the CPU"""
+    """Prints a table for each backend. -> (case name, result) pairs; the CPU's curves by case name, see check()"""
     found, curves = [], {}
     for backend, device, context in backends():
         print(f"\n{backend:36}checks    error   step  verdict  first gradient that differs, or largest error")
@@ -228,7 +232,7 @@ def run(args: argparse.Namespace) -> tuple[list[tuple[str, Result]], dict[str, d
 
 
 def verdict(found: list[tuple[str, Result]]) -> tuple[str, bool]:
-    """-> the last line of the output; whether all agree"""
+    """-> the last line of the output; whether all gradients agree"""
     for case, result in found:
         if result.differs:
             return (f"first difference: {case}, gradient of {result.group}: error {result.error:.1e}, "
@@ -243,6 +247,7 @@ def draw(axes: Axes, title: str, curves: dict[str, dict[float, float]]) -> None:
     for (name, errors), colour, width in zip(curves.items(), COLOURS, (4, 2.4, 1), strict=False):  # curves may coincide
         axes.plot(errors.keys(), errors.values(), color=colour, label=name, linewidth=width, marker="o",
                   markersize=1.3 * width)
+    # the slopes of rounding error and truncation error
     for x, y, name in (((1e-10, 1e-7), (1e-9, 1e-12), "1 / step"), ((1e-5, 10**-3.5), (1e-13, 1e-10), "step²")):
         axes.plot(x, y, color="0.6", linewidth=0.9)
         axes.annotate(name, (x[1], y[1]), (3, -3), textcoords="offset points", color="0.4", fontsize=8.5)
@@ -251,13 +256,13 @@ def draw(axes: Axes, title: str, curves: dict[str, dict[float, float]]) -> None:
 
 
 def render(net: DenseNet, curves: dict[str, dict[float, float]]) -> bytes:
-    names = list(curves)
+    by_label = [(name.removeprefix("efficient block of ").removeprefix("network, "), errors)
+                for name, errors in curves.items()]  # three cases for each panel, see cases()
     with matplotlib.style.context(STYLE | {"text.parse_math": True}, after_reset=True):
         figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
-        for axes, i, title in zip(panels, (0, 3, 6), ("Layers", "Efficient block", describe(net)), strict=True):
-            draw(axes, title, {name.removeprefix("efficient block of ").removeprefix("network, "): curves[name]
-                               for name in names[i:i + 3]})
+        for i, title in enumerate(("Layers", "Efficient block", describe(net))):
+            draw(panels[i], title, dict(by_label[3 * i:3 * i + 3]))
         panels[0].set_ylabel("Error, relative to the gradient's norm")
         return png_of(figure)
 
@@ -267,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = get_args_parser().parse_args(argv)
         net = make_net(args)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for the weights
+    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory for the weights
         return fail(error, 2, "numcheck.py")
     injected_fault = f"; injected: {args.inject}" if args.inject else ""
     print(f"central differences in float64 against the backward pass; network: {describe(net)}, seed {args.seed}"
@@ -283,9 +288,9 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, 1, "numcheck.py")
     finally:
         torch.set_num_threads(threads)
-    text, good = verdict(found)
+    text, all_agree = verdict(found)
     print(text)
-    return 0 if good else 1
+    return 0 if all_agree else 1
 
 
 if __name__ == "__main__":

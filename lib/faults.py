@@ -1,4 +1,4 @@
-"""Known faults for --inject: they are put into one layer, to show that numcheck.py and compare_grads.py catch them."""
+"""The known faults of --inject. Put into one layer, they show that numcheck.py and compare_grads.py catch them."""
 
 import argparse
 import contextlib
@@ -15,16 +15,16 @@ from lib.layers import parts_of
 FAULTS = {
     "cat-grad": "the backward pass of one layer's concatenation returns the channels in the wrong order",
     "grad-scale": "the gradient of one layer's first convolution is scaled by 1.01",
-    "bn-no-mean": "batch norm's backward pass takes the mean for a constant",
+    "bn-no-mean": "batch norm's backward pass treats the mean as a constant",
     "cat-order": "one layer reads the concatenated channels in the wrong order, forward and backward",
     "stats-twice": "the running statistics of one batch norm are updated twice per step",
 }
-WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # with the others, gradients fit the (wrong) forward pass
+WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others leave the gradients of what forward computes
 
 
 def add_inject_flag(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:
     parser.add_argument("--inject", metavar="FAULT", choices=tuple(faults), default=None,
-                        help="put a known fault into the layers under test, to see that it is caught; FAULT is " +
+                        help="put a known fault into the layers under test, to show that it is caught; FAULT is " +
                              ", ".join(f"{name} ({FAULTS[name]})" for name in faults))
 
 
@@ -37,12 +37,12 @@ def target_of(net: DenseNet) -> nn.Module:
 
 @contextlib.contextmanager
 def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> Iterator[None]:
-    """A context in which ``layer`` has the fault; none if it is None.
+    """A context in which ``layer`` has a fault.
 
     Args:
-        fault: a key of FAULTS.
-        layer: a dense layer or transition. It keeps the fault afterwards unless ``efficient``: pass a copy.
-        efficient: the layer is computed by the efficient block, so the fault goes into the block's functions.
+        fault: a key of FAULTS; None for no fault.
+        layer: a dense layer or transition. Pass a copy: unless ``efficient``, it keeps the fault after the context.
+        efficient: the efficient block computes the layer, so put the fault into the block's functions.
     """
     if fault == "grad-scale":
         layer.conv1.weight.register_hook(lambda grad: 1.01 * grad)
@@ -56,7 +56,7 @@ def injected(fault: str | None, layer: nn.Module, efficient: bool = False) -> It
 
 
 def break_layer(fault: str, layer: nn.Module) -> None:
-    """Replaces forward of the layer, or of its last batch norm."""
+    """Replaces the forward method of the layer, or of its last batch norm."""
     norm = getattr(layer, "bn2", layer.bn1)
     forward, normalise = layer.forward, norm.forward
     if fault == "bn-no-mean":
@@ -72,7 +72,7 @@ def break_layer(fault: str, layer: nn.Module) -> None:
 
 
 def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
-    """-> x with the last channel moved to the front for cat-order; else x itself, but its gradient is reordered so"""
+    """cat-order: -> x with its last channel moved to the front. cat-grad: -> x, but its gradient is reordered so."""
     if fault == "cat-order":
         return x.roll(1, 1)
     x = x.view_as(x)
@@ -82,7 +82,7 @@ def misorder(fault: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """Batch norm in training mode, (N, C, H, W) -> the same, but with no gradient through the mean."""
+    """Batch norm in training mode without a gradient through the mean; (N, C, H, W) -> (N, C, H, W)."""
     with torch.no_grad():
         type(norm).forward(norm, x)  # updates the running statistics
     x = x - x.mean((0, 2, 3), keepdim=True).detach()
@@ -99,28 +99,34 @@ def broken_block(fault: str, layer: nn.Module):
     class Misordered(block):
         @classmethod
         def apply(cls, x, spec, *parameters):
-            # reading channels in another order is the same as parameters in another order: dimension 0 of batch norm's
-            # (C,), dimension 1 of the convolution's (outputs, C, height, width)
-            return block.apply(x, spec, *(p.roll(1, min(1, p.dim() - 1)) if any(p is own for own in first) else p
-                                          for p in parameters))
+            # reorder the input channels of the layer's parameters, which is the same as to reorder the channels of x
+            reordered = list(parameters)
+            for i, p in enumerate(parameters):
+                if any(p is own for own in first):
+                    reordered[i] = p.roll(1, 0 if p.dim() == 1 else 1)  # gamma, beta: (C,); weight: (outputs, C, h, w)
+            return block.apply(x, spec, *reordered)
 
     def misordered_backward(vjp, dout, xhat, gamma, beta, G, is_first):
         if gamma.data_ptr() != layer.bn1.weight.data_ptr():
             return backward(vjp, dout, xhat, gamma, beta, G, is_first)
-        own = [torch.empty_like(g) for g in G]
-        sums, grads = backward(vjp, dout, xhat, gamma, beta, own, is_first=True)
-        torch._foreach_add_(G, [g.roll(1, 1) for g in own])  # G already holds the gradient from later layers
+        from_layer = [torch.empty_like(g) for g in G]
+        sums, grads = backward(vjp, dout, xhat, gamma, beta, from_layer, is_first=True)
+        torch._foreach_add_(G, [g.roll(1, 1) for g in from_layer])  # G already holds the gradient from later layers
         return sums.roll(1, 1), grads
 
     def without_mean(G, xhat, rstd, sums, m):
         return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
 
-    def twice(norms, means, variances):
+    def update_twice(norms, means, variances):
         update(norms, means, variances)
-        again = [i for i, norm in enumerate(norms) if norm is layer.bn1]
-        if again:
-            update(*([values[i] for i in again] for values in (norms, means, variances)))
+        for norm, mean, variance in zip(norms, means, variances, strict=True):
+            if norm is layer.bn1:
+                update([norm], [mean], [variance])
 
-    return patch.object(densenet, *{
-        "cat-order": ("EfficientBlock", Misordered), "cat-grad": ("affine_relu_backward", misordered_backward),
-        "bn-no-mean": ("normalise_backward", without_mean), "stats-twice": ("update_running_statistics", twice)}[fault])
+    name, replacement = {
+        "cat-order": ("EfficientBlock", Misordered),
+        "cat-grad": ("affine_relu_backward", misordered_backward),
+        "bn-no-mean": ("normalise_backward", without_mean),
+        "stats-twice": ("update_running_statistics", update_twice),
+    }[fault]
+    return patch.object(densenet, name, replacement)

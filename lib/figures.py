@@ -1,7 +1,7 @@
-"""What the tools' figures share: colours, style, PNG. Import this before matplotlib: it disarms MPLBACKEND.
+"""Colours, style and PNG output of the tools' figures. Import this before matplotlib, so that it can hide MPLBACKEND.
 
-matplotlib reads the environment variable MPLBACKEND once, in its first import, and raises ValueError for a backend that
-is not installed, such as a notebook's in another environment. The tools need no backend: they only write files.
+matplotlib's first import raises ValueError if the environment variable MPLBACKEND names a backend that is not
+installed. The tools need no backend, because they only write files.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_mplbackend() -> Iterator[None]:
-    """A context in which matplotlib's first import does not see MPLBACKEND.
+    """A context that hides the environment variable MPLBACKEND from matplotlib's first import.
 
-    Afterwards the variable is as before, and so is its effect on a program that imports a tool and draws by itself.
+    Afterwards the variable is restored, and programs that import a tool still get the backend.
     """
     is_first_import = "matplotlib" not in sys.modules
     backend = os.environ.pop("MPLBACKEND", None)
@@ -25,7 +25,7 @@ def without_mplbackend() -> Iterator[None]:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if backend and is_first_import:
-        with contextlib.suppress(ValueError):  # there is no such backend
+        with contextlib.suppress(ValueError):  # the backend is not installed
             matplotlib.rcParams["backend"] = backend
 
 
@@ -33,7 +33,7 @@ with without_mplbackend():
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no display needed
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# Okabe and Ito's colour-blind-safe set
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,

@@ -1,4 +1,4 @@
-"""plot.py in the background of a training."""
+"""Runs plot.py in the background of a training."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
 
 class Plotter:
-    """Runs plot.py, one process at a time. If it fails, one warning says so and it is not started again."""
+    """Runs plot.py, one process at a time. If plot.py fails, it prints a warning and does not start plot.py again."""
 
     def __init__(self, save: str, enabled: bool):
         self.command = [sys.executable, str(PLOT), "--", save]
@@ -18,13 +18,14 @@ class Plotter:
         self.enabled = enabled
 
     def start(self) -> None:
-        """Starts it, unless it is still at work."""
+        """Starts plot.py, unless the last process still runs."""
         if self.process is not None and self.process.poll() is not None:
             self.wait()
         if self.enabled and self.process is None:
             try:
                 self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                                stderr=subprocess.PIPE, start_new_session=True)  # away from Ctrl-C
+                                                stderr=subprocess.PIPE,
+                                                start_new_session=True)  # Ctrl-C does not reach it
             except OSError as error:
                 self.give_up(str(error))
 
@@ -33,11 +34,12 @@ class Plotter:
             return
         _, stderr = self.process.communicate()
         if self.process.returncode:
-            self.give_up((stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1])
+            lines = stderr.decode(errors="replace").strip().splitlines()
+            self.give_up(lines[-1] if lines else "no message")
         self.process = None
 
     def draw_last(self) -> None:
-        """Draws once more, and waits: what an earlier epoch started may have missed the last rows."""
+        """Draws once more and waits for it: a process that an earlier epoch started may have missed the last rows."""
         self.wait()
         self.start()
         self.wait()

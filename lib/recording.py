@@ -27,26 +27,29 @@ class Side(NamedTuple):
 
 
 class Record(dict):
-    """(kind, name) -> that tensor of one forward and backward pass, on the CPU"""
+    """The tensors of one forward and backward pass, copied to the CPU, by (kind, name) of compare_grads.Key."""
 
     def put(self, kind: str, name: str, value: torch.Tensor) -> None:
         self[kind, name] = value.detach().to("cpu", copy=True)
 
     def put_state(self, name: str, value: torch.Tensor, channels: slice = slice(None)) -> None:
-        """Records these channels of a hidden state now, and their gradient during the backward pass."""
+        """Records ``channels`` of a hidden state now, and their gradient during the backward pass."""
         self.put("state", name, value[:, channels])
         value.register_hook(lambda grad: self.put("gradient", name, grad[:, channels]))
 
 
 def record(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor, fault: str | None) -> Record:
-    """Computes one forward and backward pass. Raises RuntimeError if a dense block did not take side.path."""
-    found, model = Record(), build(side, net)
+    """Computes one forward and backward pass on images (N, C, H, W) and labels (N,), with a fault of faults.FAULTS.
+
+    Raises RuntimeError if a dense block did not take side.path.
+    """
+    result, model = Record(), build_model(side, net)
     images = images.to(side.device, side.dtype, memory_format=side.memory_format).detach().requires_grad_()
     if not side.path and not side.compiled:
-        watch(model, net, side, found)
+        record_layer_outputs(model, net, side, result)
     forward = torch.compile(model) if side.compiled else model
     target = target_of(model) if fault else None
-    with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32 has a mantissa of 10 bits
+    with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32 would exceed the limits
           injected(fault, target, bool(side.path))):
         with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
             output = forward(images)
@@ -55,60 +58,63 @@ def record(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor
         if not side.torchvision and not side.compiled:
             check_path(model, side.path)
         if side.path:
-            unfold(model, output, found)
+            record_states_in_blocks(model, output, result)
         loss.backward()
-    found.put("state", "output", output)
-    found.put("state", "loss", loss)
-    found.put("gradient", "images", images.grad)
-    note_parameters_and_statistics(model, net, side, found)
-    return found
+    result.put("state", "output", output)
+    result.put("state", "loss", loss)
+    result.put("gradient", "images", images.grad)
+    record_parameters_and_statistics(model, net, side, result)
+    return result
 
 
-def build(side: Side, net: DenseNet) -> nn.Module:
-    """-> a network for this side with the weights of ``net``, in training mode; running statistics are zero"""
+def build_model(side: Side, net: DenseNet) -> nn.Module:
+    """-> a network for this side with the weights of ``net``, in training mode, with running statistics of zero"""
     model = torchvision_net(net) if side.torchvision else copy.deepcopy(net)
     model.efficient = side.path
     for buffer in model.buffers():
-        buffer.zero_()  # so that they are momentum times the batch's statistics after the pass
+        buffer.zero_()  # after the pass they are momentum times the batch statistics
     return model.train().to(side.device, side.dtype).to(memory_format=side.memory_format)
 
 
-def watch(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
-    """Records the output of every layer by forward hooks.
+def record_layer_outputs(model: nn.Module, net: DenseNet, side: Side, result: Record) -> None:
+    """Records the output of every layer with forward hooks.
 
-    Of a dense layer only the last k channels, which it has computed: torchvision's layers return no others.
+    A dense layer's new channels are its last k. Only these are recorded, since torchvision's layers return no others.
     """
     for name, module in layers_of(net):
         dense = isinstance(module, (Bottleneck, SingleLayer))
         channels = slice(-net.arguments["growthRate"], None) if dense else slice(None)
 
-        def note(_, inputs: tuple[torch.Tensor], output: torch.Tensor, name=name, channels=channels) -> None:
+        def hook(_, inputs: tuple[torch.Tensor], output: torch.Tensor, name=name, channels=channels) -> None:
             if name == "fc":
-                record.put_state("features", inputs[0])
-            record.put_state(name, output, channels)
+                result.put_state("features", inputs[0])
+            result.put_state(name, output, channels)
 
-        model.get_submodule(torchvision_name(name) if side.torchvision else name).register_forward_hook(note)
+        model.get_submodule(torchvision_name(name) if side.torchvision else name).register_forward_hook(hook)
 
 
-def unfold(model: DenseNet, output: torch.Tensor, record: Record) -> None:
-    """Records the states inside efficient blocks, from the tensors saved for backward: x = xhat / rstd + mean."""
-    nodes = [node for node in operations(output) if "EfficientBlock" in node.name()][::-1]
+def record_states_in_blocks(model: DenseNet, output: torch.Tensor, result: Record) -> None:
+    """Records the states inside efficient blocks: x = xhat / rstd + mean, with xhat and rstd as saved for backward."""
+    nodes = [node for node in operations(output) if "EfficientBlock" in node.name()]
+    nodes.reverse()  # in order of the forward pass
     transitions, k = parts_of(model, Transition), model.arguments["growthRate"]
     norms = [*(transition.bn1 for transition in transitions.values()), model.bn1]
     blocks = parts_of(model, DenseBlock).items()
     for (name, block), before, norm, node in zip(blocks, ["conv1", *transitions], norms, nodes, strict=True):
         xhat, rstd, *_ = node.saved_tensors[node.nParameters:]
-        x = xhat / rstd[:, None, None] + (norm.running_mean / norm.momentum)[:, None, None]
-        width = norm.num_features - k * len(block)
-        record.put("state", before, x[:, :width])
-        for i, new in enumerate(x[:, width:].split(k, 1)):
-            record.put("state", f"{name}.{i}", new)
-        node.register_hook(lambda grads, _, before=before: record.put("gradient", before, grads[0]))
+        mean = norm.running_mean / norm.momentum  # see build_model
+        x = xhat / rstd[:, None, None] + mean[:, None, None]
+        input_channels = norm.num_features - k * len(block)
+        result.put("state", before, x[:, :input_channels])
+        for i, new in enumerate(x[:, input_channels:].split(k, 1)):
+            result.put("state", f"{name}.{i}", new)
+        node.register_hook(lambda grads, _, before=before: result.put("gradient", before, grads[0]))
 
 
-def note_parameters_and_statistics(model: nn.Module, net: DenseNet, side: Side, record: Record) -> None:
+def record_parameters_and_statistics(model: nn.Module, net: DenseNet, side: Side, result: Record) -> None:
     ours = {torchvision_name(name) if side.torchvision else name: name for name in net.state_dict()}
-    for name, p in model.named_parameters():  # a missing gradient counts as zeros
-        record.put("parameter", ours[name], torch.zeros_like(p) if p.grad is None else p.grad)
+    for name, p in model.named_parameters():
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad  # a lost gradient differs from the reference's
+        result.put("parameter", ours[name], gradient)
     for name, buffer in model.named_buffers():
-        record.put("statistic", ours[name], buffer)
+        result.put("statistic", ours[name], buffer)

@@ -1,4 +1,4 @@
-"""What the tests of plot.py share: a run to draw, and names."""
+"""Helpers shared by the tests of plot.py: write a run's CSVs, run main() on bad input, list a directory."""
 
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,14 @@ import plot
 SCRIPT = Path(plot.__file__).resolve()
 HEADER = "epoch,loss,error\n"
 FIGURES = ["error.png", "loss-error.png", "loss.png"]
-ESCAPES = "\x1b[31m\x07\x9b2J\u202e"  # colour, bell, clear the screen, write from right to left
+ESCAPES = "\x1b[31m\x07\x9b2J\u202e"  # set the colour, ring the bell, clear the screen, write from right to left
 ESCAPED = r"\x1b[31m\x07\x9b2J\u202e"
 
 refused = partial(common.refused, plot.main)
 
 
 def write_run(path, n_epochs=3, batches=20, header=HEADER, zeros=False, val=False):
-    """A run whose error halves every epoch; with zeros, the last epoch's training error is 0."""
+    """Writes the CSVs of a run whose error halves every epoch. With ``zeros``, the last training error is 0."""
     path.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).uniform(0.8, 1.2, n_epochs * batches)
     epochs = np.arange(n_epochs * batches) / batches

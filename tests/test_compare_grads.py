@@ -1,4 +1,4 @@
-"""compare_grads.py: implementations that agree pass, each fault is caught and its place named, on each path."""
+"""compare_grads.py: implementations that agree pass; on each path, each fault is caught and located."""
 
 import csv
 import os
@@ -30,7 +30,9 @@ PLAIN = ["--against", "plain"]
 
 def label(value):
     """A test's name from its flags."""
-    return " ".join(value) or "default" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(value) or "default"
+    return str(value)
 
 
 def run(capsys, *args, network=SMALL):
@@ -46,7 +48,7 @@ refused = partial(common.refused, compare_grads.main)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """train.py's checkpoint, of a network with dropout and another first width."""
+    """train.py's checkpoint of a network with dropout and six channels after the first convolution."""
     folder = tmp_path_factory.mktemp("trained")
     assert train.main(["--data", cut_sample(folder / "images"), "--depth", "16", "--growthRate", "4", "--batchSz", "20",
                        "--nEpochs", "1", "--initChannels", "6", "--dropRate", "0.2", "--no-plot", "--no-cuda",
@@ -80,7 +82,7 @@ def test_networks_without_bottleneck_agree(args, capsys):
 
 @pytest.mark.slow
 def test_networks_of_other_blocks_agree(trained, tmp_path, capsys, sample):
-    """Four blocks of 1, 2, 1 and 2 layers, from a checkpoint, since no flag asks for them."""
+    """Blocks of 1, 2, 1 and 2 layers, which only a checkpoint can ask for."""
     torch.manual_seed(0)
     net = DenseNet(4, blockConfig=(1, 2, 1, 2))
     checkpoint = torch.load(trained, weights_only=True)
@@ -96,10 +98,10 @@ def test_networks_of_other_blocks_agree(trained, tmp_path, capsys, sample):
 
 @pytest.mark.slow
 def test_torch_compile_agrees_or_is_skipped(capsys, monkeypatch):
-    """The C++ compiler would take too long for a test: the traced graphs run as they are."""
+    """The traced graphs run without the C++ compiler, which would take too long for a test."""
     compiled, traced = [], partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or traced(model))
-    monkeypatch.setenv("CXX", sys.executable)  # some program there is
+    monkeypatch.setenv("CXX", sys.executable)  # any program that exists
     network = ["--depth", "10", "--growthRate", "4", "--batchSz", "2"]
     status, lines = run(capsys, "--against", "compile", network=network)
     assert status == 0 and lines[-1].startswith("all 59 tensors agree") and len(compiled) == 1
@@ -128,7 +130,7 @@ def test_every_parameter_statistic_and_state_is_compared():
     assert sorted(names["statistic"]) == sorted(name for name, _ in net.named_buffers())
     assert names["state"] == ["conv1", "dense1.0", "dense1.1", "trans1", "dense2.0", "dense2.1", "trans2", "dense3.0",
                               "dense3.1", "bn1", "features", "fc", "output", "loss"]
-    assert names["gradient"] == ["images", *names["state"][:-2]][::-1]  # the backward pass comes from the loss
+    assert names["gradient"] == ["images", *names["state"][:-2]][::-1]  # the backward pass starts at the loss
     assert names["parameter"][0].startswith("fc") and names["parameter"][-1] == "conv1.weight"
 
 
@@ -142,8 +144,8 @@ def test_names_map_onto_torchvision_one_to_one():
 
 
 @pytest.mark.parametrize("path", [True, "max"])
-def test_features_are_rebuilt_from_what_the_block_keeps(path):
-    """Both for a block whose width is also that of its bottlenecks, 4k, and others."""
+def test_states_inside_a_block_are_rebuilt_from_its_saved_tensors(path):
+    """One block has as many channels (16) as its bottlenecks, so that their tensors have the same shape."""
     torch.manual_seed(0)
     net = DenseNet(4, 16, efficient=False)
     images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
@@ -174,7 +176,7 @@ CASES = [(args, fault, place) for args, places in (
 
 
 @pytest.mark.parametrize("args, fault, place", CASES, ids=label)
-def test_every_fault_is_caught_and_its_place_named(args, fault, place, capsys):
+def test_every_fault_is_caught_and_located(args, fault, place, capsys):
     status, lines = run(capsys, *args, "--inject", fault)
     assert status == 1
     found = re.fullmatch(r"first difference: (.*): (\S+), limit (\S+)", lines[-1])
@@ -191,20 +193,19 @@ def test_faults_are_caught_without_bottleneck(fault, place, capsys):
     assert status == 1 and lines[-1].startswith(f"first difference: {place}: ")
 
 
-def test_the_faults_offered_are_those_tested():
+def test_every_fault_of_inject_is_tested():
     assert FAULTS.keys() == TEXTBOOK.keys() == EFFICIENT.keys()
 
 
 @pytest.mark.slow
-def test_a_fault_does_not_outlast_its_run(capsys):
-    before = densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics
+def test_a_fault_is_gone_after_its_run(capsys):
     for fault in FAULTS:
-        run(capsys, *PLAIN, "--inject", fault)
-    assert before == (densenet.EfficientBlock, densenet.normalise_backward, densenet.update_running_statistics)
+        assert run(capsys, *PLAIN, "--inject", fault)[0] == 1
+        assert run(capsys, *PLAIN)[0] == 0
 
 
 @pytest.mark.slow
-def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status(tmp_path):
+def test_the_script_reports_a_fault_in_its_last_line_and_exit_status(tmp_path):
     done = run_script("compare_grads.py", *SMALL, "--inject", "grad-scale", "--plot", tmp_path / "depth.png",
                       MPLBACKEND="module://nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["depth.png"]
@@ -212,44 +213,50 @@ def test_a_user_sees_a_fault_as_the_last_line_and_the_exit_status(tmp_path):
     assert done.stdout.splitlines()[-1].startswith("first difference: gradient of dense2.1.conv1.weight: 1.0e-02, ")
 
 
-def test_other_faults_of_ours_are_caught(capsys, monkeypatch):
-    """Not through --inject: a statistic never updated, a lost gradient, a variance that is biased."""
-    with monkeypatch.context() as patch:
-        patch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: None)
-        status, lines = run(capsys, *PLAIN)
-        assert status == 1  # and without their means the states cannot be rebuilt:
-        assert lines[-1].startswith("first difference: output of conv1: ")
-    with monkeypatch.context() as patch:
-        gradients = densenet.EfficientBlock.backward
-        patch.setattr(densenet.EfficientBlock, "backward", staticmethod(
-            lambda ctx, *douts: (*(found := gradients(ctx, *douts))[:2], None, *found[3:])))
-        status, lines = run(capsys, *PLAIN)
-        assert status == 1 and lines[-1].startswith("first difference: gradient of dense3.0.bn1.weight: 1.0e+00, ")
-    with monkeypatch.context() as patch:
-        update = densenet.update_running_statistics
-        patch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: update(
-            norms, means, [var * 0.999 for var in variances]))
-        status, lines = run(capsys, *PLAIN)
-        assert status == 1 and lines[-1].startswith("first difference: statistic dense1.0.bn1.running_var: 1.0e-03, ")
+def test_running_statistics_that_are_never_updated_are_caught(capsys, monkeypatch):
+    monkeypatch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: None)
+    status, lines = run(capsys, *PLAIN)
+    assert status == 1  # the states are rebuilt from the running means, so that they differ first
+    assert lines[-1].startswith("first difference: output of conv1: ")
 
 
-def test_a_reference_of_another_function_differs(capsys, monkeypatch):
-    """The yardstick is the reference in float64: a fault common to both of ours does not hide."""
+def test_a_lost_gradient_is_caught(capsys, monkeypatch):
+    original = densenet.EfficientBlock.backward
+
+    def without_third(ctx, *douts):
+        gradients = original(ctx, *douts)
+        return *gradients[:2], None, *gradients[3:]
+
+    monkeypatch.setattr(densenet.EfficientBlock, "backward", staticmethod(without_third))
+    status, lines = run(capsys, *PLAIN)
+    assert status == 1 and lines[-1].startswith("first difference: gradient of dense3.0.bn1.weight: 1.0e+00, ")
+
+
+def test_a_biased_running_variance_is_caught(capsys, monkeypatch):
+    update = densenet.update_running_statistics
+    monkeypatch.setattr(densenet, "update_running_statistics", lambda norms, means, variances: update(
+        norms, means, [var * 0.999 for var in variances]))
+    status, lines = run(capsys, *PLAIN)
+    assert status == 1 and lines[-1].startswith("first difference: statistic dense1.0.bn1.running_var: 1.0e-03, ")
+
+
+def test_a_fault_that_our_network_has_in_float32_and_float64_is_caught(capsys, monkeypatch):
+    """The yardstick is the reference's, not ours. Here the networks differ in batch norm's epsilon."""
     make = recording.torchvision_net
 
-    def other(net):
+    def with_other_eps(net):
         theirs = make(net)
         for module in theirs.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 1e-3
         return theirs
 
-    monkeypatch.setattr(recording, "torchvision_net", other)
+    monkeypatch.setattr(recording, "torchvision_net", with_other_eps)
     status, lines = run(capsys)
     assert status == 1 and lines[-1].startswith("first difference: statistic dense1.0.bn2.running_mean: ")
 
 
-def test_it_fails_if_the_textbook_path_runs_for_the_efficient_one(capsys, monkeypatch):
+def test_it_fails_if_the_textbook_path_runs_instead_of_the_efficient_path(capsys, monkeypatch):
     monkeypatch.setattr(densenet, "can_be_efficient", lambda *_: False)
     assert compare_grads.main([*SMALL, *PLAIN]) == 1
     assert capsys.readouterr().err == ("compare_grads.py: error: dense1 took the textbook path instead of the "
@@ -288,7 +295,7 @@ def test_a_file_that_cannot_be_written_ends_in_one_line(tmp_path, capsys):
     assert contents(tmp_path) == {"rows.csv": b"old"}
 
 
-def test_control_characters_of_the_environment_do_not_reach_the_terminal(capsys, monkeypatch):
+def test_control_characters_in_an_environment_variable_are_escaped(capsys, monkeypatch):
     monkeypatch.setenv("CXX", "/no/\x1b[31mcompiler")
     assert run(capsys, "--against", "compile") == (
         0, [r"skipped compile: there is no C++ compiler /no/\x1b[31mcompiler"])
@@ -296,7 +303,7 @@ def test_control_characters_of_the_environment_do_not_reach_the_terminal(capsys,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [[], PLAIN], ids=["torchvision", "plain"])
-def test_trained_weights_and_real_images(args, trained, capsys, sample):
+def test_trained_weights_and_real_images_show_agreement_and_a_fault(args, trained, capsys, sample):
     given = ["--checkpoint", str(trained), "--data", sample, "--batchSz", "6"]
     status, lines = run(capsys, *args, *given, network=[])
     assert status == 0 and lines[0].startswith("DenseNet-BC L=16 k=4: ")
@@ -304,7 +311,7 @@ def test_trained_weights_and_real_images(args, trained, capsys, sample):
     assert status == 1 and lines[-1].startswith("first difference: gradient of dense2.1.conv1.weight: 1.0e-02, ")
 
 
-def test_a_checkpoint_brings_its_weights_and_normalisation(trained, sample):
+def test_weights_and_normalisation_are_taken_from_the_checkpoint(trained, sample):
     args = compare_grads.parse_args(["--checkpoint", str(trained), "--data", sample])
     net, images, labels = compare_grads.load(args)
     saved = torch.load(trained, weights_only=True)
@@ -319,7 +326,7 @@ def test_a_checkpoint_brings_its_weights_and_normalisation(trained, sample):
     assert labels.dtype == torch.int64 and labels.min() >= 0 and labels.max() <= 9
 
 
-def test_real_images_for_random_weights_are_normalised_by_their_set(sample):
+def test_real_images_for_random_weights_are_normalised_by_the_training_set(sample):
     _, images, _ = compare_grads.load(compare_grads.parse_args([*SMALL, "--data", sample, "--batchSz", "500"]))
     assert images.mean((0, 2, 3)).abs().max() < 0.1 and (images.std((0, 2, 3)) - 1).abs().max() < 0.1
 
@@ -332,7 +339,7 @@ def test_real_images_for_random_weights_are_normalised_by_their_set(sample):
     (["--batchSz", "1"], "whole number from 2 to 1024"), (["--efficient", "perhaps"], "'perhaps'"),
     (["--against", "plain", "--efficient", "no"], "valid are yes, max"),
     (["--against", "bf16", "--inject", "cat-grad"], "--inject cat-grad"),
-    (["--no-bottleneck"], "valid for this network are plain"), (["--reduction", "0.4"], "reduction 0.5 only"),
+    (["--no-bottleneck"], "valid for this network are plain"), (["--reduction", "0.4"], "always has bottlenecks"),
     (["--against", "float64", "--no-bottleneck"], "--against float64"),
     (["--checkpoint", "latest.pth"], "--data DIR"),
     (["--checkpoint", "x.pth", "--data", "d", "--depth", "22"], "--depth contradicts --checkpoint x.pth"),
@@ -346,7 +353,7 @@ def test_bad_input_is_refused_in_one_line(args, named, capsys):
     assert named in refused(capsys, *args)
 
 
-def test_compile_takes_no_efficient_path(capsys):
+def test_compile_with_an_efficient_path_is_refused(capsys):
     assert "valid is no" in refused(capsys, "--against", "compile", "--efficient", "yes")
 
 
@@ -366,7 +373,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(trained, tmp_path, capsys, 
     assert line == f"compare_grads.py: error: {tmp_path}: Is a directory\n"
 
 
-def test_data_that_do_not_fit_are_refused(trained, tmp_path, capsys, sample, monkeypatch):
+def test_data_sets_that_do_not_fit_or_are_missing_are_refused(trained, tmp_path, capsys, sample, monkeypatch):
     assert "--batchSz 1024 is more than the 1000" in refused(capsys, "--data", sample, "--batchSz", "1024")
     checkpoint = torch.load(trained, weights_only=True)
     for net in (DenseNet(4, 10, nClasses=3), DenseNet(4, 10, inChannels=1),
@@ -385,7 +392,7 @@ def test_data_that_do_not_fit_are_refused(trained, tmp_path, capsys, sample, mon
     assert str(tmp_path / "empty") in refused(capsys, "--data", tmp_path / "empty")
 
 
-def test_help_tells_what_can_be_compared_and_the_faults(capsys):
+def test_help_explains_every_comparison_and_every_fault(capsys):
     with pytest.raises(SystemExit) as stop:
         compare_grads.main(["--help"])
     assert stop.value.code == 0
@@ -394,11 +401,11 @@ def test_help_tells_what_can_be_compared_and_the_faults(capsys):
         assert f"{name} ({meaning})" in text
 
 
-def test_torchvision_here_is_the_package_not_a_copy():
+def test_the_reference_is_a_network_of_the_torchvision_package():
     assert isinstance(recording.torchvision_net(DenseNet(4, 10)), torchvision.models.DenseNet)
 
 
-def test_torchvision_s_network_has_the_bottleneck_s_width():
+def test_torchvisions_network_takes_over_bnsize():
     net = DenseNet(growthRate=4, depth=16, bnSize=2, efficient=False).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(net(x), recording.torchvision_net(net).eval()(x).log_softmax(1))

@@ -1,3 +1,5 @@
+"""make_graph.py: the .dot files hold the real network, the picture of a block is right, errors are one line."""
+
 import inspect
 import os
 import re
@@ -36,11 +38,11 @@ def fake_dot(folder: Path, monkeypatch, script: str) -> None:
 def read_dot(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """-> the label of each node, the edges"""
     nodes, edges = {}, []
-    for statement in path.read_text().splitlines():
-        if match := re.fullmatch(r'"([^"]*)" -> "([^"]*)" \[(.*)\];', statement):
+    for text in path.read_text().splitlines():
+        if match := re.fullmatch(r'"([^"]*)" -> "([^"]*)" \[(.*)\];', text):
             source, target, attributes = match.groups()
             edges.append((target, source) if 'dir="back"' in attributes else (source, target))
-        elif match := re.fullmatch(r'"([^"]*)" \[.*?label="([^"]*)".*\];', statement):
+        elif match := re.fullmatch(r'"([^"]*)" \[.*?label="([^"]*)".*\];', text):
             assert match[1] not in nodes, "declared twice"
             nodes[match[1]] = match[2]
     assert {name for edge in edges for name in edge} <= set(nodes)
@@ -53,17 +55,17 @@ def shape(label: str) -> list[int]:
 
 
 def assert_leads_to(end: str, nodes: dict[str, str], edges: list[tuple[str, str]]) -> None:
-    """No cycles, and a path from every node to this one."""
-    left = Counter(source for source, _ in edges)
-    free, done = [name for name in nodes if not left[name]], []
-    assert free == [end]
-    while free:
-        done.append(free.pop())
+    """Asserts that there is no cycle, and that a path leads from every node to ``end`` (Kahn's algorithm)."""
+    n_edges_left = Counter(source for source, _ in edges)
+    ready, done = [name for name in nodes if not n_edges_left[name]], []
+    assert ready == [end]
+    while ready:
+        done.append(ready.pop())
         for source, target in edges:
             if target == done[-1]:
-                left[source] -= 1
-                if not left[source]:
-                    free.append(source)
+                n_edges_left[source] -= 1
+                if not n_edges_left[source]:
+                    ready.append(source)
     assert sorted(done) == sorted(nodes)
 
 
@@ -73,7 +75,7 @@ def assert_leads_to(end: str, nodes: dict[str, str], edges: list[tuple[str, str]
     (["--depth", "16"], DenseNet(growthRate=4, depth=16)),
     (["--depth", "10", "--no-bottleneck", "--reduction", "1"], DenseNet(4, 10, reduction=1, bottleneck=False)),
 ])
-def test_autograd_holds_each_operation_and_parameter_once(tmp_path, no_dot, flags, net):
+def test_autograd_shows_each_operation_and_parameter_once(tmp_path, no_dot, flags, net):
     assert make_graph.main(["--graph", "autograd", "--growthRate", "4", "--out", str(tmp_path), *flags]) == 0
     nodes, edges = read_dot(tmp_path / "graph-autograd.dot")
     parameters = {name: f"{name}\\n{tuple(p.shape)}" for name, p in net.named_parameters()}
@@ -88,10 +90,10 @@ def test_autograd_holds_each_operation_and_parameter_once(tmp_path, no_dot, flag
     assert_leads_to("output", nodes, edges)
 
 
-def test_a_weight_enters_the_convolution_behind_its_batch_norm(tmp_path, no_dot):
+def test_a_weight_leads_to_the_convolution_that_follows_its_batch_norm(tmp_path, no_dot):
     make_graph.main(["--graph", "autograd", "--growthRate", "4", "--depth", "10", "--out", str(tmp_path)])
     nodes, edges = read_dot(tmp_path / "graph-autograd.dot")
-    target = dict(edges)  # of leaves, which have one each
+    target = dict(edges)  # right for leaves only: they have one edge each
     assert nodes[target["dense2.0.conv2.weight"]] == "ConvolutionBackward0"
     assert nodes[target["dense2.0.bn2.weight"]] == "NativeBatchNormBackward0"
     relu, = (source for source, to in edges if to == target["dense2.0.conv2.weight"] and source.startswith("operation"))
@@ -109,7 +111,7 @@ def test_the_efficient_block_is_one_operation(tmp_path, no_dot):
 
 
 @pytest.mark.slow
-def test_a_deep_network_needs_no_recursion(tmp_path, no_dot):
+def test_a_deep_network_is_drawn_within_the_recursion_limit(tmp_path, no_dot):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
@@ -135,7 +137,7 @@ def test_modules_shows_each_layer_with_its_channels(tmp_path, no_dot, flags, net
     others = {name for name, _ in net.named_children() if not name.startswith("dense")}
     assert nodes.keys() == {*layers, *(f"{name} cat" for name in layers), *others, "image", "Relu, Mean", "LogSoftmax"}
     for name, layer in layers.items():
-        source, = (source for source, target in edges if target == name)  # one line carries all that it reads
+        source, = (source for source, target in edges if target == name)  # one line carries all of its input
         assert shape(nodes[source])[0] == layer.bn1.num_features
         assert Counter(source for source, target in edges if target == f"{name} cat") == {source: 1, name: 1}
         assert re.findall(r"→(\d+)", nodes[name]) == [
@@ -172,7 +174,7 @@ def test_block_writes_a_picture_in_colour(tmp_path, no_dot):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers, k", [(3, 12), (5, 4), (8, 4096)])
-def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
+def test_block_shows_an_arc_for_every_connection_and_the_right_numbers(layers, k):
     flags = ["--graph", "block", "--layers", str(layers), "--growthRate", str(k)]
     with matplotlib.style.context(make_graph.STYLE, after_reset=True):
         figure = make_graph.draw_block(make_graph.make_net(make_graph.get_args_parser().parse_args(flags)))
@@ -193,7 +195,7 @@ def test_block_joins_each_to_all_later_ones_and_says_true_numbers(layers, k):
 # --- Graphviz ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_without_dot_the_script_writes_dot_and_says_so(tmp_path):
+def test_without_graphviz_the_script_writes_only_the_dot_file_and_says_so(tmp_path):
     done = run_script("make_graph.py", "--depth", "10", "--out", tmp_path, PATH="", MPLBACKEND="module://nowhere")
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path / 'graph-modules.dot'}\n"
@@ -203,7 +205,7 @@ def test_without_dot_the_script_writes_dot_and_says_so(tmp_path):
 
 @needs_dot
 @pytest.mark.parametrize("graph", ["modules", "autograd"])
-def test_dot_draws_what_was_written(tmp_path, capsys, graph):
+def test_graphviz_draws_every_node_and_edge_of_the_dot_file(tmp_path, capsys, graph):
     assert make_graph.main(["--graph", graph, "--depth", "10", "--out", str(tmp_path / "net")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"net.{suffix}") for suffix in ("dot", "svg", "png")]
     nodes, edges = read_dot(tmp_path / "net.dot")
@@ -217,7 +219,7 @@ def test_dot_draws_what_was_written(tmp_path, capsys, graph):
     ("#!/bin/sh\nexec /bin/sleep 30\n", "dot took more than 0.2 s"),
     ("no program\n", "dot cannot be run"),
 ])
-def test_a_failing_dot_is_one_line(tmp_path, monkeypatch, capsys, script, reason):
+def test_a_failure_of_dot_is_reported_in_one_line(tmp_path, monkeypatch, capsys, script, reason):
     fake_dot(tmp_path / "bin", monkeypatch, script)
     monkeypatch.setattr(make_graph, "DOT_SECONDS", 0.2 if "sleep" in script else 60)
     assert make_graph.main(["--depth", "10", "--out", str(tmp_path)]) == 1
@@ -227,7 +229,7 @@ def test_a_failing_dot_is_one_line(tmp_path, monkeypatch, capsys, script, reason
 
 
 def test_quotes_and_newlines_are_escaped():
-    assert make_graph.line('a "b"\\', label="c\nd") == r'"a \"b\"\\" [label="c\nd"];'
+    assert make_graph.statement('a "b"\\', label="c\nd") == r'"a \"b\"\\" [label="c\nd"];'
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_quotes_and_newlines_are_escaped():
     (["--out", "\x1b[31mred"], [r"'\x1b[31mred'", "printable characters"]),
     (["--colour", "red"], ["--colour"]),
 ])
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, parts):
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, flags, parts):
     monkeypatch.chdir(tmp_path)
     error = refused(make_graph.main, capsys, *flags)
     for part in parts:
@@ -258,7 +260,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.slow
-def test_the_script_exits_with_2():
+def test_the_script_exits_with_status_2_on_bad_input():
     done = run_script("make_graph.py", "--depth", "12")
     assert done.returncode == 2 and done.stdout == ""
     one_line(done.stderr, "make_graph.py: error: ")
@@ -270,7 +272,7 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("graph", ["modules", "block"])
-def test_a_write_error_is_one_line_and_leaves_the_old_file(tmp_path, capsys, graph):
+def test_a_write_error_is_reported_in_one_line_and_keeps_the_old_file(tmp_path, capsys, graph):
     old = tmp_path / ("graph-modules.dot" if graph == "modules" else "graph-block.svg")
     old.write_text("old")
     with full_disk():
@@ -280,7 +282,7 @@ def test_a_write_error_is_one_line_and_leaves_the_old_file(tmp_path, capsys, gra
     assert os.listdir(tmp_path) == [old.name] and old.read_text() == "old"
 
 
-def test_a_directory_in_the_files_place_is_one_line(tmp_path, no_dot, capsys):
+def test_a_directory_with_the_name_of_the_file_is_reported_in_one_line(tmp_path, no_dot, capsys):
     (tmp_path / "net.dot").mkdir()
     assert make_graph.main(["--depth", "10", "--out", str(tmp_path / "net")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""numcheck.py: right gradients pass, each fault is caught where it is, and the check itself is sound."""
+"""numcheck.py: correct gradients pass, each fault is caught and located, and the check itself is sound."""
 
 import re
 
@@ -30,20 +30,19 @@ def run(capsys, *args):
 
 
 def verdicts(lines, backend="CPU"):
-    """Case -> (ok or DIFFERS, the gradient named), of one backend's table."""
+    """-> from one backend's table: case -> ("ok" or "DIFFERS", the gradient that is named)"""
     start = next(i for i, line in enumerate(lines) if line.startswith(backend + " "))
     end = lines.index("", start)
     rows = [re.fullmatch(r"(\S.*?)  +\d+  +\S+  +\S+  (ok|DIFFERS) +(\S.*)", line) for line in lines[start + 1:end]]
     return {row[1]: (row[2], row[3]) for row in rows}
 
 
-def parameters_of(*argv):
+def flags(*argv):
     return numcheck.get_args_parser().parse_args([*SMALL, *argv])
 
 
 @pytest.mark.slow
-def test_all_gradients_agree_and_the_figure_is_drawn(tmp_path):
-    """As a user runs it."""
+def test_the_script_finds_all_gradients_right_and_draws_the_figure(tmp_path):
     figure = tmp_path / "numcheck.png"
     figure.write_bytes(b"an older figure, longer than nothing")
     done = run_script("numcheck.py", *SMALL, "--plot", figure, MPLBACKEND="module://nowhere")
@@ -58,8 +57,8 @@ def test_all_gradients_agree_and_the_figure_is_drawn(tmp_path):
         assert "skipped CUDA with cuDNN on and off: this machine has no GPU that PyTorch can use" in lines
 
 
-# What comes first in the backward pass, case by case. None: a transition makes no concatenation. The efficient block
-# has one line for the mean term of all its layers, so that the last layer is wrong already.
+# The first wrong gradient of the backward pass in each of CASES. None: a transition has no concatenation. In the
+# efficient block one statement computes the mean term of all layers, so that its last layer is wrong, too.
 PLACES = {
     "cat-grad": ["input", "input", None, "layer 0.conv1.weight", "layer 0.conv2.weight", "layer 0.conv2.weight",
                  "trans1", "trans1", "trans1"],
@@ -70,8 +69,8 @@ PLACES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", PLACES)
-def test_every_fault_is_caught_and_its_place_named(fault, capsys, monkeypatch):
-    monkeypatch.setattr(numcheck, "STEPS", numcheck.STEPS[:1])
+def test_every_fault_is_caught_and_located(fault, capsys, monkeypatch):
+    monkeypatch.setattr(numcheck, "STEPS", numcheck.STEPS[:1])  # a wrong gradient would try all steps
     status, lines = run(capsys, "--inject", fault)
     assert status == 1
     for (name, found), place in zip(verdicts(lines).items(), PLACES[fault], strict=True):
@@ -81,21 +80,23 @@ def test_every_fault_is_caught_and_its_place_named(fault, capsys, monkeypatch):
                         lines[-1])
 
 
-def test_the_faults_offered_are_those_tested():
+def test_every_fault_of_inject_is_tested():
     assert tuple(PLACES) == WRONG_GRADIENTS
 
 
 @pytest.mark.parametrize("efficient", [False, True, "max"])
 @pytest.mark.parametrize("fault, first", [("grad-scale", "dense2.0"), ("cat-grad", None)])
-def test_a_network_is_right_behind_its_fault(efficient, fault, first):
-    """The backward pass comes from the loss: what lies between that and the fault has right gradients."""
+def test_gradients_between_the_loss_and_the_fault_are_right(efficient, fault, first):
     torch.manual_seed(0)
-    case = numcheck.network_case(parameters_of("--inject", fault), efficient, "cpu")
+    case = numcheck.network_case(flags("--inject", fault), efficient, "cpu")
     results, _ = numcheck.check(case, plotted=False)
-    wrong = [r.group for r in results if not r.error <= numcheck.LIMIT]
-    behind = ["fc", "bn1", "dense3.0", "trans2"]
-    assert [r.group for r in results][:len(behind)] == behind and not set(behind) & set(wrong)
-    assert wrong == [first] if first else {"input", "conv1", "dense1.0"} <= set(wrong)
+    wrong = [r.group for r in results if r.differs]
+    after_fault = ["fc", "bn1", "dense3.0", "trans2"]  # in the forward pass
+    assert [r.group for r in results][:len(after_fault)] == after_fault and not set(after_fault) & set(wrong)
+    if first:
+        assert wrong == [first]
+    else:
+        assert {"input", "conv1", "dense1.0"} <= set(wrong)
 
 
 @pytest.mark.slow
@@ -109,16 +110,16 @@ def test_the_error_falls_with_the_square_of_the_step_and_rises_with_rounding():
         assert at[-20] > 30 * at[-12] and min(at.values()) < 1e-9
 
 
-def test_slope_is_the_derivative_along_a_direction_and_leaves_the_tensors_as_they_were():
+def test_slope_is_the_derivative_along_a_direction_and_restores_the_tensors():
     x, y = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
-    way = [torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)]
-    slope = numcheck.slope(lambda: (x ** 2).sum() * y.sum(), [x, y], way, 1e-3)
+    direction = [torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)]
+    slope = numcheck.slope(lambda: (x ** 2).sum() * y.sum(), [x, y], direction, 1e-3)
     assert slope == pytest.approx((2 * 1 - 2 * 2) * 0.3 + 5 * 2, rel=1e-5)
     assert x.tolist() == [1.0, 2.0] and y.tolist() == [0.3]
 
 
 @pytest.mark.parametrize("efficient", [False, True])
-def test_no_relu_reads_a_value_near_zero_once_the_kinks_are_settled(efficient):
+def test_after_settle_kinks_no_relu_has_an_input_near_zero(efficient):
     torch.manual_seed(0)
     net, x = DenseNet(4, 10, efficient=efficient).double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -136,8 +137,7 @@ def test_no_relu_reads_a_value_near_zero_once_the_kinks_are_settled(efficient):
 
 
 @pytest.mark.slow
-def test_it_fails_if_another_path_runs(capsys, monkeypatch):
-    """A check of the efficient block that ran the textbook's layers would say nothing."""
+def test_it_fails_if_the_textbook_path_runs_instead_of_the_efficient_path(capsys, monkeypatch):
     monkeypatch.setattr(densenet, "can_be_efficient", lambda *_: False)
     assert numcheck.main(SMALL) == 1
     out, err = capsys.readouterr()
@@ -146,10 +146,11 @@ def test_it_fails_if_another_path_runs(capsys, monkeypatch):
     assert "agree" not in out
 
 
-def test_a_gradient_that_is_not_a_number_or_lost_differs():
+@pytest.mark.parametrize("loss", [lambda x: (x * float("nan")).sum(), lambda x: (x.detach() * 2 + 0 * x).sum()],
+                         ids=["nan", "lost"])
+def test_a_gradient_that_is_nan_or_lost_differs(loss):
     x = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    for loss in (lambda: (x * float("nan")).sum(), lambda: (x.detach() * 2 + 0 * x).sum()):
-        assert not numcheck.check_group(loss, numcheck.elements("x", x), [1e-6], 1e-7).error <= 1e-7
+    assert numcheck.check_group(lambda: loss(x), numcheck.elements("x", x), [1e-6], 1e-7).differs
 
 
 @pytest.mark.parametrize("args, named", [
@@ -165,7 +166,7 @@ def test_bad_input_is_refused_in_one_line(args, named, capsys):
     assert named in refused(numcheck.main, capsys, *args)
 
 
-def test_help_tells_the_faults(capsys):
+def test_help_explains_every_fault(capsys):
     with pytest.raises(SystemExit) as stop:
         numcheck.main(["--help"])
     assert stop.value.code == 0

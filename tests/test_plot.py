@@ -21,7 +21,7 @@ run_script = partial(common.run_script, "plot.py")
 
 
 def drawn(run, column="error"):
-    """The axes of a run, or of several, for a look at what the PNG shows."""
+    """-> the axes with one run, or a list of runs, drawn on them"""
     runs = run if isinstance(run, list) else [run]
     axes = Figure(layout="constrained").subplots()
     plot.draw(axes, [plot.read_run(path, path.name if len(runs) > 1 else "") for path in runs], column)
@@ -36,7 +36,7 @@ def y_ticks(axes):
     return [tick.get_text() for tick in axes.get_yticklabels()]
 
 
-def assert_drawn(path, width, height=600):
+def assert_shows_curves(path, width, height=600):
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = matplotlib.image.imread(path)[..., :3]
     assert image.shape == (height, width, 3)
@@ -53,9 +53,9 @@ def test_script_draws_a_run_into_its_directory(tmp_path):
     result = run_script(run, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.split() == [str(run / name) for name in ("loss.png", "error.png", "loss-error.png")]
-    assert_drawn(run / "loss.png", 900)
-    assert_drawn(run / "error.png", 900)
-    assert_drawn(run / "loss-error.png", 1800)
+    assert_shows_curves(run / "loss.png", 900)
+    assert_shows_curves(run / "error.png", 900)
+    assert_shows_curves(run / "loss-error.png", 1800)
     assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
     assert names(tmp_path) == ["run"]
 
@@ -85,7 +85,7 @@ def test_help_says_where_the_figures_go():
 def test_the_script_draws_the_234600_rows_of_300_epochs(tmp_path):
     write_run(tmp_path, n_epochs=300, batches=782)
     assert run_script(tmp_path).returncode == 0
-    assert_drawn(tmp_path / "error.png", 900)
+    assert_shows_curves(tmp_path / "error.png", 900)
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ BACKENDS = ["module://matplotlib_inline.backend_inline", "nonsense", "svg", ""]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_value_of_mplbackend_matters(tmp_path, backend):
+def test_mplbackend_has_no_effect_on_the_script(tmp_path, backend):
     run = write_run(tmp_path)
     for argument in ("--help", run):
         result = run_script(argument, MPLBACKEND=backend)
@@ -120,7 +120,7 @@ def test_import_leaves_the_environment_as_it_was(backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "expected"), [("", "svg"), ("import matplotlib; matplotlib.use('pdf'); ", "pdf")])
-def test_who_imports_it_keeps_the_backend_that_was_asked_for(setting, expected):
+def test_a_program_that_imports_plot_keeps_its_own_backend(setting, expected):
     code = f"{setting}import plot, matplotlib; print(matplotlib.get_backend())"
     result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": "svg"},
                             capture_output=True, text=True, timeout=60)
@@ -140,7 +140,7 @@ def test_failed_write_keeps_the_old_figure_and_leaves_nothing_behind(tmp_path):
     (run / "loss.png").write_bytes(b"old")
     before = names(run)
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); import plot; "
-    code = limit + "sys.exit(plot.main(sys.argv[1:]))"  # a file ends at 1000 bytes, as on a full disk
+    code = limit + "sys.exit(plot.main(sys.argv[1:]))"  # no file can grow beyond 1000 bytes, as on a full disk
     result = subprocess.run([sys.executable, "-B", "-c", code, run], cwd=SCRIPT.parent, capture_output=True,
                             text=True, timeout=60)
     assert (result.returncode, result.stdout) == (1, "")
@@ -166,7 +166,7 @@ def test_legend_gives_final_and_best(tmp_path):
     assert legend(drawn(run, "loss"))[-1] == "test (final 0.200, best 0.150 at epoch 2)"
 
 
-def test_zero_error_is_drawn_at_the_foot_of_the_axis(tmp_path):
+def test_zero_error_is_drawn_at_the_bottom_of_the_axis(tmp_path):
     axes = drawn(write_run(tmp_path, zeros=True))
     train = axes.get_lines()[0]
     assert train.get_ydata()[-1] == 0
@@ -185,7 +185,7 @@ def test_errors_that_are_all_zero_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(("n_epochs", "last"), [(1, 1), (2, 2), (7, 7), (300, 300)])
-def test_epochs_are_whole_numbers(tmp_path, n_epochs, last):
+def test_epoch_ticks_are_whole_numbers(tmp_path, n_epochs, last):
     axes = drawn(write_run(tmp_path, n_epochs=n_epochs, batches=3))
     ticks = axes.get_xticks()
     assert (ticks == ticks.round()).all()
@@ -210,19 +210,19 @@ def test_a_run_without_training_rows_is_drawn(tmp_path):
     assert plot.main([str(run)]) == 0
 
 
-def test_validation_is_drawn_where_there_is_one(tmp_path):
+def test_validation_is_drawn_if_there_is_a_val_csv(tmp_path):
     assert "validation" not in legend(drawn(write_run(tmp_path)))
     axes = drawn(write_run(tmp_path, val=True))
     assert legend(axes)[1] == "validation (final 8.75%, best 8.75% at epoch 3)"
     assert axes.get_lines()[1].get_linestyle() == "--"
 
 
-def test_draws_the_ancestors_files(tmp_path):
+def test_csvs_without_a_header_are_drawn(tmp_path):
     run = write_run(tmp_path, header="")
     train, test = drawn(run).get_lines()
     assert len(train.get_xdata()) == 60 and test.get_xdata().tolist() == [1, 2, 3]
     assert plot.main([str(run)]) == 0
-    assert_drawn(run / "error.png", 900)
+    assert_shows_curves(run / "error.png", 900)
 
 
 def test_long_lines_are_thinned_and_keep_their_ends(tmp_path):
@@ -231,7 +231,7 @@ def test_long_lines_are_thinned_and_keep_their_ends(tmp_path):
     assert train.get_xdata()[0] == 0 and train.get_xdata()[-1] == 49.99
 
 
-def test_diverged_run_draws_what_is_finite(tmp_path):
+def test_a_diverged_run_shows_its_finite_values(tmp_path):
     rows = ["1,2.3,80", "2,1.9,70", "3,1e30,90", "4,nan,90", "5,inf,nan"]
     (tmp_path / "test.csv").write_text("\n".join(rows) + "\n")
     axes = drawn(tmp_path, "loss")
@@ -260,7 +260,7 @@ def test_ticks_are_round_numbers_inside_the_axis(bottom, top, expected):
     ["0,1,2", "5e-324,1,3"],  # 1 / step overflows
     common.slow(["0,1,2", "1e-300,1,3"]),  # 1 / step fits no integer type
     common.slow(["-9e8,1,2", "9e8,1,3"]),
-    common.slow(["0,-1,-2", "1,nan,nan"]),  # a marker far below the axes
+    common.slow(["0,-1,-2", "1,nan,nan"]),  # the point is far below the axes
     ["0,1,2", "1,1.7e308,1.7e308"],  # 309 digits in the legend
 ])
 def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, rows):
@@ -270,8 +270,8 @@ def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, rows):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib's warning would print the character that no font has
-def test_what_is_not_printable_is_escaped_in_the_legend(tmp_path):
+@pytest.mark.filterwarnings("error")  # matplotlib warns, and prints the character, if its font has no glyph for it
+def test_unprintable_characters_are_escaped_in_the_legend(tmp_path):
     run = str(write_run(tmp_path / "run"))
     assert plot.labels_for([Path(run)] * 2, ["\x1b[31mred", "a\nb"]) == [r"\x1b[31mred", r"a\nb"]
     assert plot.main([run, run, "--out", str(tmp_path), "--labels", "\x1b[31mred", "a\nb"]) == 0
@@ -280,7 +280,7 @@ def test_what_is_not_printable_is_escaped_in_the_legend(tmp_path):
 # --- several runs -----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_comparison_goes_into_the_current_directory(tmp_path, monkeypatch, capsys):
+def test_figures_of_several_runs_go_into_the_current_directory(tmp_path, monkeypatch, capsys):
     runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -292,7 +292,7 @@ def test_comparison_goes_into_the_current_directory(tmp_path, monkeypatch, capsy
     assert (width, matplotlib.image.imread("loss-error.png").shape[1]) == (900, 1800)
 
 
-def test_out_is_made_if_missing(tmp_path):
+def test_out_is_created_with_its_parents(tmp_path):
     run = write_run(tmp_path / "run")
     assert plot.main([str(run), "--out", str(tmp_path / "new" / "figures")]) == 0
     assert names(tmp_path / "new" / "figures") == FIGURES
@@ -300,14 +300,14 @@ def test_out_is_made_if_missing(tmp_path):
 
 
 @pytest.mark.parametrize("n", [2, 3, 9])
-def test_a_colour_for_each_run_train_light_and_test_solid(tmp_path, n):
+def test_each_run_has_a_colour_and_its_train_line_is_lighter_and_thinner(tmp_path, n):
     axes = drawn([write_run(tmp_path / f"run{i}") for i in range(n)])
     train, test = axes.get_lines()[0::2], axes.get_lines()[1::2]
     colours = [to_hex(line.get_color()) for line in test]
     assert len(set(colours)) == n
     assert [to_hex(line.get_color()) for line in train] == colours
-    assert all(light.get_alpha() < 1 and light.get_linewidth() < line.get_linewidth()
-               for light, line in zip(train, test, strict=True))
+    for light, solid in zip(train, test, strict=True):
+        assert light.get_alpha() < 1 and light.get_linewidth() < solid.get_linewidth()
     assert [text.split()[0] for text in legend(axes)] == [f"run{i}" for i in range(n)]
 
 
@@ -321,7 +321,7 @@ def test_labels_tell_the_runs_apart_and_are_short():
 
 
 @pytest.mark.slow
-def test_a_name_that_is_no_utf8_can_be_drawn(tmp_path):
+def test_a_directory_name_that_is_not_utf8_can_be_drawn(tmp_path):
     run = str(write_run(tmp_path / os.fsdecode(b"caf\xe9")))
     assert plot.main([run]) == 0
     assert plot.main([run, str(write_run(tmp_path / "other")), "--out", str(tmp_path)]) == 0
@@ -332,10 +332,10 @@ def test_labels_with_dollars_and_underscores_are_plain_text(tmp_path):
     assert plot.main([run, run, "--out", str(tmp_path), "--labels", r"$\oops$", "_hidden"]) == 0
 
 
-# --- the files it writes and names ------------------------------------------------------------------------------
+# --- files and their names on stdout ----------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsys):
+def test_unprintable_characters_are_escaped_in_the_list_of_figures(tmp_path, capsys):
     run = write_run(tmp_path / f"run{ESCAPES}")
     assert plot.main([str(run)]) == 0
     expected = [rf"{tmp_path}/run{ESCAPED}/{name}" for name in ("loss.png", "error.png", "loss-error.png")]
@@ -348,7 +348,7 @@ def test_what_is_not_printable_is_escaped_in_the_list_of_figures(tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "shown"), [
     ("ascii", r"caf\xe9"), common.slow("utf-8", "caf\xe9")])
-def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, shown):
+def test_characters_that_stdout_cannot_encode_are_escaped(tmp_path, encoding, shown):
     run = write_run(tmp_path / "caf\xe9")
     result = subprocess.run([sys.executable, SCRIPT, run], capture_output=True, timeout=60,
                             env=os.environ | {"PYTHONIOENCODING": encoding})
@@ -356,7 +356,7 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, encoding, sho
     assert result.stdout.decode().splitlines()[0] == f"{tmp_path}/{shown}/loss.png"
 
 
-def test_a_failed_replacement_is_one_line_and_leaves_nothing(tmp_path, capsys):
+def test_a_figure_that_cannot_be_replaced_is_reported_in_one_line(tmp_path, capsys):
     run = write_run(tmp_path)
     (run / "error.png").mkdir()  # cannot be replaced by a file
     assert plot.main([str(run)]) == 1
@@ -365,17 +365,11 @@ def test_a_failed_replacement_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert names(run) == ["error.png", "loss.png", "test.csv", "train.csv"]
 
 
-def test_figures_are_replaced_whole(tmp_path, monkeypatch):
-    run = write_run(tmp_path)
+def test_an_old_figure_is_not_overwritten_in_place(tmp_path):
+    run = write_run(tmp_path / "run")
     (run / "loss.png").write_bytes(b"old")
-    seen = []
-
-    def replace(source, target, original=os.replace):
-        seen.append((Path(source).parent, Path(source).read_bytes()[-8:-4], Path(target).exists()))
-        original(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    os.link(run / "loss.png", tmp_path / "second link.png")  # shows what happens to the old file's content
     assert plot.main([str(run)]) == 0
-    # Complete (the PNG's last chunk is there), in the same directory, and the old one stays until then.
-    assert seen == [(run, b"IEND", True), (run, b"IEND", False), (run, b"IEND", False)]
+    assert (tmp_path / "second link.png").read_bytes() == b"old"
+    assert (run / "loss.png").read_bytes().endswith(b"IEND\xaeB`\x82")  # the last chunk of a complete PNG
     assert names(run) == sorted([*FIGURES, "test.csv", "train.csv"])

@@ -30,26 +30,26 @@ def test_reads_a_csv_with_a_byte_order_mark(tmp_path, capsys, header):
     assert f"line {2 if header else 1}: 'bad'" in refused(capsys, tmp_path)
 
 
-def test_lines_of_spaces_are_passed_over(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     (tmp_path / "a.csv").write_text(HEADER + "1,2,90\n  \n\n2,nan,80\n")
     assert str(plot.read_csv(tmp_path / "a.csv").to_numpy().tolist()) == "[[1.0, 2.0, 90.0], [2.0, nan, 80.0]]"
 
 
-@pytest.mark.parametrize("torn", ["1", "1.5", "1.5,", "1.5,0.", "1.5,0.3,", "1.5,0.3,4", "1.5,0.3,-", "junk"])
-def test_ignores_a_last_line_without_newline(tmp_path, torn):
-    (tmp_path / "a.csv").write_text(HEADER + "0,2,90\n1,1,80\n" + torn)
+@pytest.mark.parametrize("last", ["1", "1.5", "1.5,", "1.5,0.", "1.5,0.3,", "1.5,0.3,4", "1.5,0.3,-", "junk"])
+def test_ignores_a_last_line_without_newline(tmp_path, last):
+    (tmp_path / "a.csv").write_text(HEADER + "0,2,90\n1,1,80\n" + last)
     assert plot.read_csv(str(tmp_path / "a.csv"))["error"].tolist() == [90, 80]
 
 
 @pytest.mark.parametrize("text", ["", HEADER, "epoch,lo", HEADER + "1,2,3", "1,2,3"])
-def test_no_whole_row_is_an_empty_frame(tmp_path, text):
+def test_a_file_without_a_complete_row_gives_an_empty_frame(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     frame = plot.read_csv(tmp_path / "a.csv")
     assert list(frame.columns) == ["epoch", "loss", "error"]
     assert frame.empty and frame.to_numpy().dtype == np.float64
 
 
-def test_nan_and_inf_are_numbers_of_a_diverged_run(tmp_path):
+def test_reads_nan_and_inf_of_a_diverged_run(tmp_path):
     (tmp_path / "a.csv").write_text(HEADER + "0,2,90\n1,nan,90\n2,inf,nan\n3,-inf,NaN\n")
     frame = plot.read_csv(tmp_path / "a.csv")
     assert str(frame["loss"].tolist()) == "[2.0, nan, inf, -inf]"
@@ -59,7 +59,7 @@ def test_nan_and_inf_are_numbers_of_a_diverged_run(tmp_path):
 @pytest.mark.parametrize("header", [HEADER, ""])
 @pytest.mark.parametrize("bad", ["x,1,2", "1,2", "1,2,3,4", "1,,3", "1,2,", "1;2;3", "1,2,3%", "nan,1,2",
                                  "inf,1,2", "epoch,loss,error", "1,2,3 4", "\0\0\0"])
-def test_names_file_and_line_of_a_bad_row(tmp_path, capsys, header, bad):
+def test_a_bad_row_is_refused_with_file_and_line(tmp_path, capsys, header, bad):
     run = write_run(tmp_path)
     (run / "test.csv").write_text(f"{header}1,2,90\n2,2,80\n{bad}\n3,2,70\n")
     before = names(run)
@@ -75,15 +75,15 @@ def test_all_rows_of_the_wrong_width_are_refused(tmp_path, capsys):
     assert f"{tmp_path / 'test.csv'}, line 1: '1,2,3,4'" in refused(capsys, tmp_path)
 
 
-def test_short_and_long_row_do_not_make_up_for_each_other(tmp_path, capsys):
+def test_a_long_row_is_refused_even_if_a_short_row_evens_out_the_number_of_commas(tmp_path, capsys):
     (tmp_path / "test.csv").write_text("1,2,3\n1,2,3,4\n1,2\n")
     assert "line 2: '1,2,3,4'" in refused(capsys, tmp_path)
 
 
 # --- files that no run has written ------------------------------------------------------------------------------
 
-def limited(*args):
-    """The script with 3 GB of memory; it takes less than 1 GB for any run."""
+def run_with_3_gb(*args):
+    """Runs the script with at most 3 GB of memory. It needs less than 1 GB for any run."""
     code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({3 * 2**30},) * 2); import plot; "
     command = [sys.executable, "-B", "-c", code + "sys.exit(plot.main(sys.argv[1:]))", *args]
     return subprocess.run(command, cwd=SCRIPT.parent, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
@@ -93,14 +93,14 @@ def limited(*args):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [
     ("device", "train.csv"), slow("device", "test.csv"), slow("pipe", "val.csv")])
-def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
+def test_devices_and_pipes_are_refused(tmp_path, kind, name):
     run = write_run(tmp_path, val=True)
     (run / name).unlink()
     if kind == "pipe":
         os.mkfifo(run / name)
     else:
         (run / name).symlink_to("/dev/zero")
-    result = limited(run)
+    result = run_with_3_gb(run)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"plot.py: error: {run / name}: not a regular file")
     assert result.stderr.count("\n") == 1
@@ -108,12 +108,12 @@ def test_refuses_what_is_no_regular_file(tmp_path, kind, name):
 
 
 @pytest.mark.slow
-def test_refuses_a_csv_larger_than_any_run_writes(tmp_path):
+def test_a_csv_larger_than_any_run_writes_is_refused(tmp_path):
     run = write_run(tmp_path)
     os.truncate(run / "train.csv", 2**40)
-    result = limited(run)
+    result = run_with_3_gb(run)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert f"{run / 'train.csv'}: 1,099,511,627,776 bytes are too large" in result.stderr
+    assert f"{run / 'train.csv'}: 1,099,511,627,776 bytes, too large" in result.stderr
 
 
 @pytest.mark.slow
@@ -126,12 +126,12 @@ def test_reads_through_a_symbolic_link(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("epoch", ["1e9", "-1e9", "1e20", "1.7e308", "-1.7e308"])
-def test_epochs_that_no_axis_can_show_are_refused(tmp_path, capsys, epoch):
+def test_epochs_too_large_for_an_axis_are_refused(tmp_path, capsys, epoch):
     (tmp_path / "test.csv").write_text(f"0,1,2\n{epoch},1,2\n0,1,2\n")
     assert f"line 2: '{epoch},1,2'" in refused(capsys, tmp_path)
 
 
-def test_what_is_not_printable_is_escaped_in_messages(tmp_path, capsys):
+def test_unprintable_characters_are_escaped_in_messages(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     assert f"none{ESCAPED}: no such directory" in refused(capsys, tmp_path / f"none{ESCAPES}")
     assert f"--labels: 1 (a{ESCAPED})" in refused(capsys, run, run, "--labels", f"a{ESCAPES}")
@@ -144,7 +144,7 @@ def test_what_is_not_printable_is_escaped_in_messages(tmp_path, capsys):
 
 # --- other refusals ---------------------------------------------------------------------------------------------
 
-def test_refuses_what_is_no_run(tmp_path, capsys):
+def test_a_path_without_rows_of_a_run_is_refused(tmp_path, capsys):
     empty, header_only = tmp_path / "empty", tmp_path / "header"
     empty.mkdir()
     header_only.mkdir()
@@ -159,7 +159,7 @@ def test_refuses_what_is_no_run(tmp_path, capsys):
     assert names(empty) == [] and names(header_only) == ["test.csv", "train.csv"]
 
 
-def test_one_bad_run_of_several_writes_nothing(tmp_path, capsys):
+def test_nothing_is_written_if_one_of_several_runs_is_refused(tmp_path, capsys):
     run, out = write_run(tmp_path / "run"), tmp_path / "out"
     assert "none: no such directory" in refused(capsys, run, tmp_path / "none", "--out", out)
     assert names(tmp_path) == ["run"]
@@ -169,7 +169,7 @@ def test_one_bad_run_of_several_writes_nothing(tmp_path, capsys):
 def test_refuses_the_wrong_number_of_labels(tmp_path, capsys, labels):
     run = write_run(tmp_path / "run")
     error = refused(capsys, run, run, "--out", tmp_path, "--labels", *labels)
-    assert f"--labels: {len(labels)} ({', '.join(labels)}) for 2 RUN" in error
+    assert f"--labels: {len(labels)} ({', '.join(labels)}) for 2 runs; give one for each run" in error
     assert names(tmp_path) == ["run"]
 
 
@@ -221,7 +221,7 @@ def train_frame(n_rows, batches, decimals=17):
 
 @pytest.mark.parametrize("batches", [1, 2, 98, 391, 782])
 @pytest.mark.parametrize("n_epochs", [1, 1.5, 2, 3.5, 10])
-def test_window_is_the_batches_of_an_epoch(batches, n_epochs):
+def test_window_is_the_number_of_batches_per_epoch(batches, n_epochs):
     assert plot.rows_per_epoch(train_frame(max(1, int(n_epochs * batches)), batches)) == batches
 
 
@@ -230,16 +230,17 @@ def test_window_is_known_before_the_first_epoch_ends(n_rows):
     assert plot.rows_per_epoch(train_frame(n_rows, 782)) == 782
 
 
-def test_window_of_epochs_as_the_ancestor_computes_them():
+def test_window_with_the_ancestors_rounding_of_epochs():
     epochs = [epoch + batch / 782 - 1 for epoch in range(1, 6) for batch in range(782)]
     assert plot.rows_per_epoch(pd.DataFrame({"epoch": epochs})) == 782
 
 
-def test_window_bears_rounded_epochs():
+def test_window_with_epochs_rounded_to_3_decimals():
     assert plot.rows_per_epoch(train_frame(10 * 782, 782, decimals=3)) == 782
 
 
 def thinned(frame, k):
+    """Replaces every k rows by their mean."""
     return frame.groupby(np.arange(len(frame)) // k).mean()
 
 
@@ -251,11 +252,11 @@ def test_window_of_a_thinned_log(k, n_epochs):
 
 
 @pytest.mark.parametrize("k", [782, 3 * 782])
-def test_window_of_a_log_thinned_to_epochs(k):
+def test_window_of_a_log_with_one_row_per_epoch_or_fewer(k):
     assert plot.rows_per_epoch(thinned(train_frame(30 * 782, 782), k)) == 1
 
 
-def test_window_survives_a_resumed_run_that_starts_late_and_repeats_rows():
+def test_window_of_a_log_that_starts_late_or_repeats_rows():
     frame = train_frame(6 * 100, 100)
     assert plot.rows_per_epoch(frame[frame["epoch"] > 2.7]) == 100
     assert plot.rows_per_epoch(frame[frame["epoch"].between(2.7, 4.3)]) == 100
@@ -263,7 +264,7 @@ def test_window_survives_a_resumed_run_that_starts_late_and_repeats_rows():
 
 
 @pytest.mark.parametrize("epochs", [[0.0], [7.0], [0.5, 0.5], [3.0, 2.0], [1.0, 3.0]])
-def test_window_is_one_row_where_none_can_be_found(epochs):
+def test_window_is_one_row_if_the_epochs_do_not_tell(epochs):
     assert plot.rows_per_epoch(pd.DataFrame({"epoch": epochs})) == 1
 
 
@@ -282,7 +283,7 @@ def test_mean_of_fewer_rows_than_the_window():
     assert len(mean) == 7 and np.isfinite(mean.to_numpy()).all()
 
 
-def test_mean_leaves_out_what_is_not_finite():
+def test_mean_skips_values_that_are_not_finite():
     frame = train_frame(40, 10)
     frame.loc[[12, 13, 14], "loss"] = [np.nan, np.inf, 1e300]
     mean = plot.rolling_epoch_mean(frame)

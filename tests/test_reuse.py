@@ -1,4 +1,4 @@
-"""The maps of ./make_graph.py --graph reuse: their numbers, what is drawn, and what is refused."""
+"""make_graph.py --graph reuse: the maps' numbers, the drawing, and what is refused."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from lib import reuse
 
 @pytest.fixture(scope="module")
 def checkpoint(images, tmp_path_factory, one_thread) -> str:
-    """Of BC 10-4 after an epoch with so small a learning rate that its weights are still the first ones."""
+    """BC 10-4 after an epoch at a learning rate that is too small to change the initial weights by more than 1e-9."""
     save = tmp_path_factory.mktemp("run") / "run"
     assert train.main([*SMALL, "--nEpochs", "1", "--lr", "1e-12", "--seed", "7", "--data", images,
                        "--save", str(save)]) == 0
@@ -34,7 +34,7 @@ def altered(checkpoint: str, path, change) -> str:
 
 
 def targets(net: DenseNet):
-    """-> for each block, what reads each of its sources: (norm, convolution or classifier), one for each column"""
+    """-> for each block, a list of its targets: (batch norm, the convolution or classifier that follows it)"""
     for b in range(1, net.nBlocks + 1):
         block = [(layer.bn1, layer.conv1) for layer in getattr(net, f"dense{b}")]
         last = b == net.nBlocks
@@ -42,7 +42,7 @@ def targets(net: DenseNet):
         yield [*block, (after.bn1, net.fc if last else after.conv1)]
 
 
-def assert_blank_below(values: torch.Tensor) -> None:
+def assert_nan_below_diagonal(values: torch.Tensor) -> None:
     n = len(values)
     assert values.isnan().equal(torch.ones(n, n).tril(-1).bool())
 
@@ -50,7 +50,7 @@ def assert_blank_below(values: torch.Tensor) -> None:
 # --- the numbers ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bottleneck", [True, False])
-def test_maps_of_weights_that_are_known_by_source(bottleneck):
+def test_maps_show_the_weights_that_each_source_was_given(bottleneck):
     k, c = 3, 7
     net = DenseNet(k, blockConfig=[2, 4, 1], initChannels=c, nClasses=5, bottleneck=bottleneck)
     expected = []
@@ -74,8 +74,8 @@ def test_maps_of_weights_that_are_known_by_source(bottleneck):
     for block, (weights, scaled) in zip(maps, expected, strict=True):
         np.testing.assert_allclose(block.weights, weights, rtol=1e-6)
         np.testing.assert_allclose(block.scaled_weights, scaled, rtol=1e-6)
-        assert_blank_below(block.weights)
-        assert_blank_below(block.scaled_weights)
+        assert_nan_below_diagonal(block.weights)
+        assert_nan_below_diagonal(block.scaled_weights)
 
 
 def test_a_cell_is_the_mean_over_all_weights_of_its_source():
@@ -87,12 +87,12 @@ def test_a_cell_is_the_mean_over_all_weights_of_its_source():
     maps = reuse.reuse_maps(net)[0]
     layer = net.dense1[1]  # reads 8 channels of the input and 4 of layer 1
     w, gamma = layer.conv1.weight.detach()[:, :, 0, 0].double().numpy(), layer.bn1.weight.detach().double().numpy()
-    for values, of in ((maps.weights, np.abs(w)), (maps.scaled_weights, np.abs(gamma * w))):
-        means = np.array([of[:, :8].mean(), of[:, 8:].mean()])
+    for values, expected in ((maps.weights, np.abs(w)), (maps.scaled_weights, np.abs(gamma * w))):
+        means = np.array([expected[:, :8].mean(), expected[:, 8:].mean()])
         np.testing.assert_allclose(values[:2, 1], means / means.max(), rtol=1e-12)
 
 
-def test_the_second_convolution_of_a_bottleneck_does_not_matter():
+def test_the_second_convolution_of_a_bottleneck_has_no_effect_on_the_maps():
     net = DenseNet(4, 10)
     before = reuse.reuse_maps(net)[0].weights
     with torch.no_grad():
@@ -101,25 +101,25 @@ def test_the_second_convolution_of_a_bottleneck_does_not_matter():
     torch.testing.assert_close(reuse.reuse_maps(net)[0].weights, before, equal_nan=True, rtol=0, atol=0)
 
 
-def test_a_target_that_reads_nothing_is_a_column_of_zeros():
+def test_a_target_whose_weights_are_zero_is_a_column_of_zeros():
     net = DenseNet(4, 10)
     torch.nn.init.zeros_(net.fc.weight)
     assert reuse.reuse_maps(net)[-1].weights[:, -1].tolist() == [0, 0]
 
 
-def test_untrained_are_the_first_weights_of_the_run(checkpoint):
+def test_untrained_gives_the_initial_weights_of_the_run(checkpoint):
     trained, which = reuse.load_network(checkpoint, False, {})
     first, which_first = reuse.load_network(checkpoint, True, {})
     assert (which, which_first) == ("after epoch 1", "before training (seed 7)")
     for name, weight in trained.named_parameters():
-        if weight.dim() > 1:  # batch norm's are 1 and 0 with any seed
+        if weight.dim() > 1:  # batch norm's parameters are 1 and 0 with any seed
             torch.testing.assert_close(weight, first.get_parameter(name), rtol=0, atol=1e-9)
 
 
 # --- the drawing ------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_the_figure_is_written_whole_as_svg_and_png(tmp_path, checkpoint, capsys):
+def test_the_figure_is_written_as_svg_and_png_and_nothing_is_cut_off(tmp_path, checkpoint, capsys):
     flags = ["--graph", "reuse", "--checkpoint", checkpoint, "--out", str(tmp_path)]
     assert make_graph.main(flags) == 0
     assert capsys.readouterr() == (f"{tmp_path}/graph-reuse.svg\n{tmp_path}/graph-reuse.png\n", "")
@@ -132,7 +132,7 @@ def test_the_figure_is_written_whole_as_svg_and_png(tmp_path, checkpoint, capsys
 
 
 @pytest.mark.slow
-def test_the_same_files_each_time_and_others_for_the_control(tmp_path, checkpoint):
+def test_a_second_call_writes_the_same_bytes_and_untrained_writes_other_files(tmp_path, checkpoint):
     flags = ["--graph", "reuse", "--checkpoint", checkpoint, "--out", str(tmp_path)]
     assert make_graph.main(flags) == 0
     files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
@@ -188,13 +188,13 @@ def refused(tmp_path, capsys, *flags: str) -> str:
     (["--reduction", "1"], "--reduction 1.0 contradicts the checkpoint, whose reduction is 0.5"),
     (["--no-bottleneck"], "--no-bottleneck contradicts the checkpoint"),
 ])
-def test_flags_of_another_network_are_refused(tmp_path, checkpoint, capsys, flags, message):
+def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path, checkpoint, capsys, flags, message):
     assert message in refused(tmp_path, capsys, "--graph", "reuse", "--checkpoint", checkpoint, *flags)
 
 
 @pytest.mark.parametrize("graph", ["modules", "autograd", "block"])
 @pytest.mark.parametrize("flags", [["--checkpoint", "latest.pth"], ["--untrained"]])
-def test_a_checkpoint_for_another_graph_is_refused(tmp_path, capsys, graph, flags):
+def test_flags_of_reuse_are_refused_for_other_graphs(tmp_path, capsys, graph, flags):
     assert f"{flags[0]} belongs to --graph reuse" in refused(tmp_path, capsys, "--graph", graph, *flags)
 
 
@@ -203,7 +203,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path, capsys, flags):
     assert "give --checkpoint FILE" in refused(tmp_path, capsys, "--graph", "reuse", *flags)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+def test_a_file_that_is_missing_or_not_a_checkpoint_is_refused(tmp_path, capsys):
     missing = str(tmp_path / "none.pth")
     assert f"{missing}: cannot be read (No such file" in refused(tmp_path, capsys, "--graph", "reuse",
                                                                  "--checkpoint", missing)

@@ -1,4 +1,4 @@
-"""tests/benchmarks/step.py on a tiny network: its table, its files, its forecast of bytes, what it refuses."""
+"""tests/benchmarks/step.py on a tiny network: table, files, the bytes that must move, and what is refused."""
 
 import gc
 import json
@@ -17,15 +17,15 @@ TINY = step.Size(growthRate=4, layers=(1, 1, 1), batchSz=4, imageSize=8)
 
 @pytest.fixture
 def measure(monkeypatch):
-    """Runs the command on the CPU with the size "tiny"."""
+    """-> step.main with flags for two steps of the size "tiny" on the CPU"""
     monkeypatch.setitem(step.SIZES, "tiny", TINY)
-    gc.freeze()  # or each collection walks through all of torch again: 0.15 s
+    gc.freeze()  # otherwise each collection visits all objects of torch, which takes 0.15 s
     yield lambda *flags: step.main(["--size", "tiny", "--device", "cpu", "--steps", "2", "--warmup", "1", *flags])
     gc.unfreeze()
 
 
-def test_bytes_to_move_by_hand():
-    """k=2, two blocks of one layer, an image of 4x4: 4 channels, 6 behind the layer, 3 behind the transition, 5."""
+def test_bytes_to_move_of_a_small_network_counted_by_hand():
+    """k=2, two blocks of one layer, an image of 4x4. Channels: 4, 6 after the layer, 3 after the transition, then 5."""
     size = step.Size(growthRate=2, layers=(1, 1), batchSz=1, imageSize=4)
     stem = 2 * 4 * 16
     block1 = (5 * 4 + 4 * 4 + 29 * 2 + 3 * 6) * 16 + 2 * 3 * 4
@@ -38,11 +38,10 @@ def test_bytes_to_move_by_hand():
 
 
 def test_bytes_to_move_of_the_paper_networks():
-    """Of BC 100-12's layers 4 passes over 2.925 million values an image; twice the images, twice the activations."""
-    size = step.SIZES["bc100-64"]
-    wide = must_move.values_to_move(size)
-    assert 4 * 2_925_000 * 64 < wide < 2 * 4 * 2_925_000 * 64
-    assert must_move.values_to_move(step.SIZES["bc100-256"]) == 4 * wide
+    """The layers of BC 100-12 make 4 passes over 2.925 million values per image; activations grow with the batch."""
+    bc100 = must_move.values_to_move(step.SIZES["bc100-64"])
+    assert 4 * 2_925_000 * 64 < bc100 < 2 * 4 * 2_925_000 * 64
+    assert must_move.values_to_move(step.SIZES["bc100-256"]) == 4 * bc100
     imagenet = must_move.values_to_move(step.SIZES["densenet121-64"])
     stem = 64 * 64 * (4 * 112**2 + 3 * 56**2)
     assert imagenet > stem and imagenet / 64 == imagenet // 64
@@ -53,7 +52,7 @@ def read(file):
 
 
 @pytest.mark.slow
-def test_table_json_and_plot(measure, tmp_path, capsys):
+def test_every_implementation_is_measured_into_table_json_and_plot(measure, tmp_path, capsys):
     file, figure = tmp_path / "step.jsonl", tmp_path / "step.png"
     assert measure("--precision", "fp32", "bf16", "--json", str(file), "--plot", str(figure)) == 0
     rows, output = read(file), capsys.readouterr()
@@ -82,15 +81,15 @@ def test_a_repeated_command_measures_only_the_rows_that_the_file_lacks(measure, 
         return {"seconds": 1.0, "steps": [1.0], "peak": 0, "operations": 1}
     monkeypatch.setattr(step, "measure", fake)
     assert measure(*flags, "--minutes", "0") == 0
-    assert measured == [] and "the same command goes on" in capsys.readouterr().out
+    assert measured == [] and "stopped before the end; repeat the command" in capsys.readouterr().out
     assert measure("--only", "ours plain", "--json", str(file)) == 0
-    with open(file, "a") as torn:
-        torn.write('{"implementation": "ours m')  # killed while it wrote
+    with open(file, "a") as incomplete:
+        incomplete.write('{"implementation": "ours m')  # as a process leaves it that was killed while writing
     assert measure(*flags) == 0
     assert measured == [False, "max"]
     capsys.readouterr()
     assert measure(*flags) == 0
-    assert measured == [False, "max"] and "ours max fp32" in capsys.readouterr().out  # but all are shown
+    assert measured == [False, "max"] and "ours max fp32" in capsys.readouterr().out  # all rows are shown
     assert len(file.read_text().splitlines()) == 3
 
 
@@ -103,22 +102,22 @@ def test_after_a_failed_capture_no_other_row_is_measured(measure, monkeypatch, t
     assert [row["error"] for row in read(file)] == ["the step cannot be captured"]
 
 
-def test_operations_are_the_outermost_that_compute():
+def test_only_outermost_operations_that_compute_are_counted():
     x = torch.ones(4, 4)
     device = torch.device("cpu")
-    assert step.count_kernels(lambda: torch.nn.functional.linear(x, x), device)["operations"] == 1  # which calls others
+    assert step.count_kernels(lambda: torch.nn.functional.linear(x, x), device)["operations"] == 1  # not those inside
     assert step.count_kernels(lambda: x.view(2, 8).t()[0].to(torch.float32), device)["operations"] == 0
     assert step.count_kernels(lambda: x.to(torch.bfloat16).add_(1), device)["operations"] == 2
 
 
 @pytest.mark.slow
-def test_out_of_memory_is_told_and_the_others_go_on(measure, monkeypatch, tmp_path, capsys):
-    whole = step.measure
+def test_after_out_of_memory_the_other_rows_are_measured(measure, monkeypatch, tmp_path, capsys):
+    original = step.measure
 
     def fails(implementation, *rest):
         if implementation.option is True:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return whole(implementation, *rest)
+        return original(implementation, *rest)
     monkeypatch.setattr(step, "measure", fails)
     file = tmp_path / "step.jsonl"
     assert measure("--only", "ours", "--json", str(file), "--plot", str(tmp_path / "step.png")) == 0
@@ -127,8 +126,7 @@ def test_out_of_memory_is_told_and_the_others_go_on(measure, monkeypatch, tmp_pa
                for line in capsys.readouterr().out.splitlines())
 
 
-def test_table_of_a_gpu(capsys):
-    """Its columns, of which a CPU's table has others; the numbers are made up."""
+def test_columns_of_a_gpus_table_are_aligned(capsys):
     device = torch.device("cuda")
     step.print_header("tiny", TINY, device)
     step.print_row({"implementation": "ours efficient graph", "precision": "bf16", "seconds": 0.002,
@@ -139,18 +137,18 @@ def test_table_of_a_gpu(capsys):
     assert len(header) == len(row)
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, message", [
     (["--size", "bc39"], "bc39"),
     (["--steps", "0"], "from 1"),
-    (["--precision", "tf32"], "tf32 is a GPU's"),
+    (["--precision", "tf32"], "tf32 needs a CUDA GPU"),
     (["--device", "cuda:99"], "valid are cpu"),
     (["--only", "keras"], "keras"),
     (["--only", "graph"], "graph"),
     (["--json", "missing/step.jsonl"], "missing/step.jsonl"),
     (["--plot", "step.pdf"], ".png"),
 ])
-def test_refusals(flags, told, measure, capsys, monkeypatch, tmp_path):
+def test_bad_input_is_refused_in_one_line(flags, message, measure, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert measure(*flags) == 2
     output = capsys.readouterr()
-    assert told in output.err and output.err.count("\n") == 1 and not output.out
+    assert message in output.err and output.err.count("\n") == 1 and not output.out

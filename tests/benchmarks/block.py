@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Time and memory of a training step of DenseNet-BC: ours and, side by side in one run, torchvision's and timm's.
+"""Time and memory of a training step of DenseNet-BC: our implementation beside torchvision's and timm's.
 
     tests/benchmarks/block.py                          the table; --json FILE, --plot FILE.png
-    tests/benchmarks/block.py --depths 40 100 190 250  how ours grows with depth, beside the textbook layers
+    tests/benchmarks/block.py --depths 40 100 190 250  our paths and the textbook layers at several depths
     tests/benchmarks/block.py --depth 190 --growthRate 40 --only "ours efficient" --steps 1
     tests/benchmarks/block.py --bf16                   the same under bfloat16 autocast
     tests/benchmarks/block.py --imagenet               DenseNet-121, 161 and 201 at 224 pixels: bytes kept, and time
 
-Each implementation has a process of its own; they take turns, a step each, so that a drift of the machine meets all.
-The first step is the first of all, with what libraries load for it. bfloat16 times say nothing on a CPU that has no
-instructions for it (avx512_bf16, amx_bf16 in /proc/cpuinfo).
+Each implementation has its own process. They take turns, one step each, so that a change in the machine's speed affects
+all of them. "first s" is the first step of the process, in which libraries load their code. On a CPU without bfloat16
+instructions (avx512_bf16, amx_bf16 in /proc/cpuinfo) the times of --bf16 have no meaning.
 """
 
 import argparse
@@ -42,11 +42,12 @@ IMPLEMENTATIONS = {  # name: (library, option, memory format)
     "ours textbook": ("ours", False, "nchw"),
     "ours textbook channels_last": ("ours", False, "channels_last"),
 }
-# what takes turns in one run: all at once would hold over 20 GB
+# the implementations of a group take turns; all at once would need over 20 GB
 GROUPS = (list(IMPLEMENTATIONS)[:5], ["torchvision", *list(IMPLEMENTATIONS)[5:]])
 REFERENCES = ("torchvision", "torchvision memory_efficient", "torchvision channels_last")
-IMAGENET = {  # network: published MB of activations at batch 32 or 16, without and with the optimal checkpoints, and
-    # their price in time (Feng and Huang, "Optimal Gradient Checkpoint Search", CVPR 2021, arXiv 1808.00079)
+# network: batch size; published MB of activations without and with optimal checkpoints; their extra time in percent
+# (Feng and Huang, "Optimal Gradient Checkpoint Search", CVPR 2021, arXiv 1808.00079)
+IMAGENET = {
     "densenet121": (32, 4027, 898, 34), "densenet161": (16, 3751, 666, 36), "densenet201": (16, 3146, 474, 53)}
 
 
@@ -74,7 +75,10 @@ def build(library: str, option, depth: int, growthRate: int, network: str | None
 
 
 def worker(pipe, name: str, args) -> None:
-    """Answers each message with the seconds of one step; first with bytes kept and peak memory."""
+    """Sends the first step's seconds and the memory, then the seconds of one step for each True that it receives.
+
+    If the library is missing, it sends the error text instead and ends.
+    """
     library, option, layout = IMPLEMENTATIONS[name]
     torch.manual_seed(0)
     try:
@@ -93,7 +97,7 @@ def worker(pipe, name: str, args) -> None:
         return F.nll_loss(out, labels[:n]) if library == "ours" else F.cross_entropy(out.float(), labels[:n])
 
     start = time.perf_counter()
-    loss_of().backward()  # libraries load their code, gradients get their memory
+    loss_of().backward()  # includes loading of the libraries' code and allocation of the gradients
     first = time.perf_counter() - start
     pipe.send(kept_bytes(net, loss_of) | {"first": first, "peak": peak_bytes(args.device, lambda: loss_of().backward()),
                                           "parameters": sum(p.numel() for p in net.parameters())})
@@ -108,9 +112,9 @@ def worker(pipe, name: str, args) -> None:
 
 
 def kept_bytes(net: nn.Module, loss_of) -> dict[str, int]:
-    """Bytes that autograd keeps between forward and backward; each storage once, parameters and images not."""
+    """Bytes that autograd keeps between forward and backward pass. Parameters do not count; a storage counts once."""
     storages, parameters = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
-    alive = []  # or a freed storage's address would come again
+    alive = []  # the address of a freed storage could be used again
 
     def pack(t):
         if t.untyped_storage().data_ptr() not in parameters:
@@ -124,29 +128,32 @@ def kept_bytes(net: nn.Module, loss_of) -> dict[str, int]:
 
 
 def peak_bytes(device: str, step) -> int:
-    """The step's peak over what is resident before it."""
+    """The step's peak memory in bytes, minus the memory in use before it."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":  # only the peak of the whole process is to be had
+    if sys.platform != "linux":  # there is only the peak of the whole process
         step()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
-    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = process_memory("VmRSS")
     step()
-    return status("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
-def status(field: str) -> int:
+def process_memory(field: str) -> int:
+    """Bytes, from /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(names: list[str], args) -> dict[str, dict]:
-    context, workers, results = multiprocessing.get_context("spawn"), {}, {}
+    """-> for each implementation what its worker sent, the seconds of each step, and their median"""
+    context = multiprocessing.get_context("spawn")
+    workers, results = {}, {}
     for name in names:
         here, there = context.Pipe()
         process = context.Process(target=worker, args=(there, name, args), daemon=True)
@@ -187,8 +194,8 @@ def draw(results: dict[str, dict], path: str) -> None:
 
     figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, r in results.items():
-        ours = name.startswith("ours e") or name.startswith("ours m")
-        ax.plot(r["median"], r["kept"] / MIB, "o" if ours else "s", color="#0072B2" if ours else "#777777")
+        is_block = name in ("ours efficient", "ours max")
+        ax.plot(r["median"], r["kept"] / MIB, "o" if is_block else "s", color="#0072B2" if is_block else "#777777")
         ax.annotate(name, (r["median"], r["kept"] / MIB), xytext=(7, 4), textcoords="offset points", fontsize=8)
     ax.set(xlabel="seconds a training step", ylabel="MiB kept for backward", xlim=(0, None), ylim=(0, None))
     ax.margins(x=0.3)
@@ -215,16 +222,17 @@ def draw_depths(table: dict[int, dict], path: str) -> None:
 
 
 def imagenet(args) -> dict[str, dict]:
-    """Bytes kept are counted with two images; then each network's step is timed, unless args.steps is 0."""
+    """Counts the bytes kept for two images, and then times a step unless args.steps is 0, for each network."""
     table = {}
-    for args.network, (batchSz, plain, optimal, price) in IMAGENET.items():
+    for network, (batchSz, plain, optimal, extra_time) in IMAGENET.items():
+        args.network = network
         counted = {}
         for name, option in (("textbook", False), ("block", True), ("max", "max")):
             net, x = build("ours", option, 0, 0, args.network), torch.randn(2, 3, 224, 224)
             counted[name] = kept_bytes(net, lambda net=net, x=x: net(x).sum())["kept"] / 2e6
         print(f"\n{args.network}, MB kept an image: " + ", ".join(f"{name} {mb:.1f}" for name, mb in counted.items()) +
               f"; at batch {batchSz}: " + ", ".join(f"{name} {mb * batchSz:.0f}" for name, mb in counted.items()) +
-              f"; published: {plain}, with optimal checkpoints {optimal} at +{price}% time")
+              f"; published: {plain}, with optimal checkpoints {optimal} at +{extra_time}% time")
         table[args.network] = {"kept": counted}
         if args.steps:
             names = ["torchvision", "torchvision channels_last", "ours textbook channels_last", "ours efficient",
@@ -236,23 +244,28 @@ def imagenet(args) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=100)
-    parser.add_argument("--growthRate", type=int, default=12)
-    parser.add_argument("--batchSz", type=int, default=None, help="default: 64")
-    parser.add_argument("--imageSize", type=int, default=None, help="pixels; default: 32")
-    parser.add_argument("--steps", type=int, default=None, help="counted ones of each, for the median; default: 7")
+    parser.add_argument("--depth", type=int, default=100, help="L (default: %(default)s)")
+    parser.add_argument("--growthRate", type=int, default=12, help="k (default: %(default)s)")
+    parser.add_argument("--batchSz", type=int, default=None, help="images (default: 64; with --imagenet 8)")
+    parser.add_argument("--imageSize", type=int, default=None, help="pixels (default: 32; with --imagenet 224)")
+    parser.add_argument("--steps", type=int, default=None,
+                        help="timed steps of each implementation, for the median (default: 7; with --imagenet 3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=tuple(IMPLEMENTATIONS), metavar="NAME")
-    parser.add_argument("--depths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--only", nargs="+", choices=tuple(IMPLEMENTATIONS), metavar="NAME",
+                        help=f"measure only these: {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument("--depths", type=int, nargs="+", metavar="L", help="compare our paths at these depths")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
-    parser.add_argument("--imagenet", action="store_true", help="224 pixels; --batchSz is 8 and --steps 3 unless given")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--imagenet", action="store_true", help="measure DenseNet-121, 161 and 201")
+    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the results; not with --imagenet")
     args = parser.parse_args(argv)
-    for key, default in dict(network=None, **(dict(batchSz=8, imageSize=224, steps=3) if args.imagenet else
-                                              dict(batchSz=64, imageSize=32, steps=7))).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, default)
+    args.network = None
+    defaults = {"batchSz": 64, "imageSize": 32, "steps": 7}
+    if args.imagenet:
+        defaults = {"batchSz": 8, "imageSize": 224, "steps": 3}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     precision = "bfloat16 autocast" if args.bf16 else "float32"
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"DenseNet-BC{'' if args.imagenet else f' k={args.growthRate}'}, batch {args.batchSz}, {precision}, "
@@ -271,11 +284,13 @@ def main(argv: list[str] | None = None) -> int:
         for names in [args.only] if args.only else GROUPS:
             results = measure(names, args)
             print_table(results, args.batchSz)
-            table = results | table  # the first group's torchvision stays
+            table = results | table  # torchvision is in both groups: keep the first group's
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
-    if args.plot and not args.imagenet:
-        (draw_depths if args.depths else draw)(table, args.plot)
+    if args.plot and args.depths:
+        draw_depths(table, args.plot)
+    elif args.plot and not args.imagenet:
+        draw(table, args.plot)
     return 0
 
 

@@ -3,9 +3,9 @@
 
     tests/benchmarks/kill.py --n 50
 
-A line for each run and a summary; exit status 0 if every tensor of latest.pth and every byte of the CSVs is the same
-in all of them, 1 otherwise. Half of the runs write slowly, so that many of the kills come in the middle of a save.
-Every third run has validation images, and is prolonged by an epoch after it has ended, and killed in that one, too.
+Prints a line for each run and a summary. Exit status: 0 if every tensor of the checkpoints and every byte of the CSVs
+is the same in all runs, 1 otherwise. Half of the runs write slowly, so that many kills hit the middle of a save. Every
+third run has validation images; after its end it continues for one more epoch, in which it is killed again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import train
 
 
 def slow_writes(seconds: float) -> None:
-    """Makes a checkpoint's write come in pieces, and each step of a save take its time."""
+    """Makes a checkpoint's write come in two pieces, and adds a pause of ``seconds`` around each step of a save."""
     def slowed(function):
         def call(*args, **kwargs):
             time.sleep(seconds)
@@ -52,12 +52,12 @@ def slow_writes(seconds: float) -> None:
 
 
 def start(argv: list[str], slow: float, log: Path) -> int:
-    """train.py with these flags, in a fork that has imported torch already (3 seconds) but not used it; -> its pid"""
+    """Starts train.py in a forked process, which saves the 3 seconds of importing torch. -> its process id"""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
-    status = 70
+    status = 70  # if main() raises
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -74,27 +74,30 @@ def is_saving(run: Path) -> bool:
 
 
 def wait_until(reached: Callable[[], bool], pid: int) -> None:
-    """... or until the process has ended."""
+    """Waits until ``reached()`` is true or the process has ended."""
     while not reached() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
 
 
 def run_killed(argv: list[str], save: Path, kills: int, sizes: tuple[int, int], slow: float,
                draw: random.Random) -> list[str]:
-    """Kills while it starts, at a random byte of train.csv from the first to the second of ``sizes``, or in the save
-    after that.
+    """Starts the run again after each kill, until it ends.
 
-    -> for each kill the last epoch in the log, and "saving" if a file was being written; "ended" if it came too late
+    A kill comes during the start, or when train.csv has a random number of bytes between the two ``sizes``, or in the
+    next save after that.
+
+    -> for each kill the last epoch in the CSVs, and "saving" if a file was being written; "ended" if it came too late
     """
     csv = save / "train.csv"
-    told = []
+    seen = []
     command = [*argv, "--resume", "--save", str(save)]
     for session in range(kills + 1):
         pid = start(command, slow, save.with_suffix(".log"))
         if session < kills:
-            where = draw.choice(["start", "step", "step", *(["save", "save"] if slow else [])])
+            where = draw.choice(["start", "step", "step", "save", "save"] if slow else ["start", "step", "step"])
             if where != "start":
-                byte = draw.randint(max(sizes[0], csv.stat().st_size if csv.exists() else 0), sizes[1])
+                size = csv.stat().st_size if csv.exists() else 0
+                byte = draw.randint(max(sizes[0], size), sizes[1])
                 wait_until(lambda byte=byte: csv.exists() and csv.stat().st_size >= byte, pid)
             if where == "save":
                 wait_until(lambda: is_saving(save), pid)
@@ -102,11 +105,11 @@ def run_killed(argv: list[str], save: Path, kills: int, sizes: tuple[int, int], 
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == 0:
-            return told + (["ended"] if session < kills else [])
+            return seen + (["ended"] if session < kills else [])
         if status != -signal.SIGKILL:
             raise SystemExit(f"exit status {status}: {save.with_suffix('.log').read_text()}")
-        told.append(f"{last_epoch(save)}{' saving' if is_saving(save) else ''}")
-    return told
+        seen.append(f"{last_epoch(save)}{' saving' if is_saving(save) else ''}")
+    return seen
 
 
 def last_epoch(save: Path) -> int:
@@ -117,11 +120,11 @@ def last_epoch(save: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=50, help="runs (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=3, help="kills a run (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=3, help="kills per run (default: %(default)s)")
     parser.add_argument("--nEpochs", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--images", type=int, default=1000, help="of the sample's 1,000 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of a run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1000, help="training images, at most 1000 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of a run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills' moments (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     draw = random.Random(args.seed)
@@ -131,33 +134,33 @@ def main() -> int:
         images = str(SAMPLE) if args.images == 1000 else cut_sample(root / "images", args.images)
         argv = ["--data", images, *SMALL, "--dropRate", "0.1"]
         validated = [*argv, "--valSize", str(args.images // 10)]
-        size = whole(argv, root / "whole", args.nEpochs)
-        ended = whole(validated, root / "validated", args.nEpochs)
-        prolonged = whole(validated, root / "validated", args.nEpochs + 1)
+        size = run_whole(argv, root / "whole", args.nEpochs)
+        ended = run_whole(validated, root / "validated", args.nEpochs)
+        prolonged = run_whole(validated, root / "validated", args.nEpochs + 1)
         for i in range(1, args.n + 1):
             save, slow = root / f"run{i}", 0.03 * (i % 2)
             if i % 3:
                 reference = root / "whole"
-                told = run_killed([*argv, "--nEpochs", str(args.nEpochs)], save, args.kills, (0, size), slow, draw)
+                seen = run_killed([*argv, "--nEpochs", str(args.nEpochs)], save, args.kills, (0, size), slow, draw)
             else:
                 reference = root / "validated"
-                told = run_killed([*validated, "--nEpochs", str(args.nEpochs)], save, args.kills // 2, (0, ended), slow,
+                seen = run_killed([*validated, "--nEpochs", str(args.nEpochs)], save, args.kills // 2, (0, ended), slow,
                                   draw)
-                told.append("prolonged")
-                told += run_killed([*validated, "--nEpochs", str(args.nEpochs + 1)], save, args.kills - args.kills // 2,
+                seen.append("prolonged")
+                seen += run_killed([*validated, "--nEpochs", str(args.nEpochs + 1)], save, args.kills - args.kills // 2,
                                    (ended + 1, prolonged), slow, draw)
             different = differences(reference, save)
             same += not different
-            kills += sum(t not in ("ended", "prolonged") for t in told)
-            in_save += sum("saving" in t for t in told)
-            print(f"run {i}: killed after epoch {', '.join(told)}: "
-                  f"{'different: ' + ' '.join(different[:5]) if different else 'identical'}", flush=True)
+            kills += sum(text not in ("ended", "prolonged") for text in seen)
+            in_save += sum("saving" in text for text in seen)
+            result = f"different: {' '.join(different[:5])}" if different else "identical"
+            print(f"run {i}: killed after epoch {', '.join(seen)}: {result}", flush=True)
     print(f"{same} of {args.n} identical, after {kills} kills, {in_save} of them in the middle of a write")
     return 0 if same == args.n else 1
 
 
-def whole(argv: list[str], save: Path, nEpochs: int) -> int:
-    """The run that is not killed. -> bytes of its train.csv"""
+def run_whole(argv: list[str], save: Path, nEpochs: int) -> int:
+    """Runs train.py without a kill. -> bytes of its train.csv"""
     run_killed([*argv, "--nEpochs", str(nEpochs)], save, 0, (0, 0), 0, random.Random())
     return (save / "train.csv").stat().st_size
 

@@ -1,24 +1,24 @@
-"""The bytes of every tensor that a training step has to read or write, each fused into as few kernels as its data
-dependences allow.
+"""The least bytes that a training step has to read or write, if its operations are fused into as few kernels as their
+data dependences allow.
 
-In values a pixel, for batch norm as in densenet.EfficientBlock (xhat is made once a channel, G collects its
-gradient; affine and ReLU belong to the kernel that reads, statistics and sums to the one that writes):
+Values per pixel, with batch norm as in densenet.EfficientBlock: each channel is normalised once (xhat), and G collects
+the gradient of xhat. Affine and ReLU are part of the kernel that reads, statistics and sums of the one that writes.
 
-    layer of C_l channels   4 C_l    xhat read forward and backward, G read and written
-                          + 8 k      forward: the 4k channels between the convolutions, written and read
-                          + 3 k      forward: the k new ones written, read and written normalised
-                          + 18 k     backward: G and xhat of the k new ones read; of the 4k between, xhat read, the
-                                     gradient written, both read again once the sums are known
-    block of input C_0      5 C_0    x read, xhat written; G and xhat read, dx written
-    behind a block of C     3 C      xhat read forward and backward, G written for the first time
+    layer that reads C_l    4 C_l    xhat read forward and backward, G read and written
+                          + 8 k      forward: the bottleneck's 4k channels written and read
+                          + 3 k      forward: the k new channels written, read, and written again normalised
+                          + 18 k     backward: G and xhat of the k new channels read; for the bottleneck's 4k channels
+                                     xhat read, gradient written, and both read again when the sums are known
+    block with input C_0    5 C_0    x read, xhat written; G and xhat read, dx written
+    after a block of C      3 C      xhat read forward and backward, G written for the first time
                           + 2 C'/4   transition to C' channels: pooled output written, its gradient read
-                            2 C      after the last block, an image: pooled features written, their gradient read
+                            2 C      last block, per image: pooled features written, their gradient read
     stem, 3x3, to C_0       2 C_0    output written, its gradient read
-    stem, 7x7, to C_0       4 C_0    at half the side: written, read by batch norm and pooling, twice in its backward
-                          + 3 C_0    at a quarter: pooled output written, its gradient read twice
+    stem, 7x7, to C_0       4 C_0    at 1/2 the side: written, read by batch norm and pooling, read twice backward
+                          + 3 C_0    at 1/4 the side: pooled output written, its gradient read twice
 
-Each value is 4 bytes, with bf16 2. The images (4 bytes) are read twice. Each parameter is 8 times 4 bytes: weight read
-forward, backward and by SGD, gradient written and read, momentum read and written, weight written.
+A value has 4 bytes, with bf16 2. The images (4 bytes) are read twice. A parameter moves 8 x 4 bytes: the weight is read
+forward, backward and by SGD, the gradient written and read, the momentum read and written, the weight written.
 """
 
 import math
@@ -52,7 +52,7 @@ def classes(size: Size) -> int:
 
 
 def values_to_move(size: Size) -> int:
-    """Activations read or written, as the table above counts them."""
+    """The number of activations read or written in a step, as the table above counts them."""
     k, n = size.growthRate, size.batchSz
     c, side = 2 * k, size.imageSize
     if size.smallInputs:
@@ -80,4 +80,5 @@ def bytes_to_move(size: Size, precision: str) -> int:
         net = densenet.DenseNet(size.growthRate, blockConfig=size.layers, nClasses=classes(size),
                                 smallInputs=size.smallInputs)
     images = size.batchSz * 3 * size.imageSize**2
-    return (2 if precision == "bf16" else 4) * values_to_move(size) + 4 * 2 * images + 4 * 8 * count_parameters(net)
+    bytes_per_value = 2 if precision == "bf16" else 4
+    return bytes_per_value * values_to_move(size) + 4 * 2 * images + 4 * 8 * count_parameters(net)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What several processes cost and gain: torchrun --nproc-per-node=2 tests/benchmarks/scale.py [--depth L --batchSz N]
+"""Cost of data-parallel training: torchrun --nproc-per-node=2 tests/benchmarks/scale.py [--depth L --batchSz N]
 
-Prints, for one network and one global batch, the bytes of the gradients, the time of their all-reduce alone, and the
-time of a whole step (forward, backward, all-reduce, update) with and without the other processes, the median of each.
+Prints the bytes of the gradients, the median time of their all-reduce alone, and the median time of a training step
+(forward, backward, update) with and without the all-reduce.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from lib.memory import count_parameters
 
 
 def timed(function, device: torch.device, repetitions: int) -> float:
+    """-> the median seconds of a call"""
     seconds = []
-    for _ in range(repetitions + 2):  # two to warm up
+    for _ in range(repetitions + 2):  # the first two warm up
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -41,13 +42,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=100, help="L (default: %(default)s)")
     parser.add_argument("--growthRate", type=int, default=12, help="k (default: %(default)s)")
-    parser.add_argument("--batchSz", type=int, default=64, help="images, over all processes (default: %(default)s)")
+    parser.add_argument("--batchSz", type=int, default=64, help="global batch size (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="repetitions of each (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="default: %(default)s")
     args = parser.parse_args()
     world = distributed.read_world()
     if args.batchSz % world.size:
-        parser.error(f"--batchSz {args.batchSz} cannot be shared by {world.size} processes")
+        parser.error(f"--batchSz {args.batchSz} is not divisible by the {world.size} processes")
     args.deterministic, args.no_cuda, args.device = False, False, None
     device = set_up_device(args, world)
     distributed.start(world)
@@ -63,7 +64,7 @@ def main() -> int:
         optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, momentum=0.9, nesterov=True)
         return lambda: train.train_step(wrapped, optimizer, args.precision, images, labels, share)
 
-    alone = timed(step_of(lambda net: net), device, args.steps)  # of this share, while the others do the same
+    alone = timed(step_of(lambda net: net), device, args.steps)  # without all-reduce
     together = timed(step_of(lambda net: distributed.average_gradients(net, world)), device, args.steps)
     gradients = torch.randn(count_parameters(net), device=device)
     reduce = timed(lambda: distributed.sum_over_ranks(gradients, world), device, 10 * args.steps)

@@ -5,17 +5,17 @@
     tests/benchmarks/step.py --size bc100-64 --precision fp32 --only "ours plain" "ours efficient" --json step.jsonl
     tests/benchmarks/step.py                       on a CPU: a small size, for the ratios alone
 
-Torchvision's DenseNet (CIFAR's stem where the images are small) is as shipped, in bf16 in channels_last; ours takes
-images and, on a GPU, weights in channels_last, and train.py's own step. One implementation is in memory at a time.
+torchvision's DenseNet is as shipped, with CIFAR's stem for small images, and in channels_last for bf16. Ours runs
+train.py's own step, with images and, on a GPU, weights in channels_last. One implementation is in memory at a time.
 
---json gets a line as soon as a row is measured. A row that is in the file already (of this size, precision, hardware
-and torch) is not measured again, and after --minutes no new one begins: repeat the command until all are there.
+--json gets a line as soon as a row has been measured. A row that the file already holds (same size, precision, hardware
+and torch) is not measured again. No row begins after --minutes: repeat the command until all rows are there.
 
-Columns: seconds (median); images/s; their ratio to torchvision's in the same precision; peak memory of a step after the
-warm-up, in which libraries try out workspaces (with a graph that of a second capture; of torch.compile's graphs from
-the first step on); on a GPU the calls that launch something and the kernels they run, on a CPU the operations of aten
-that no other one calls, but for views and allocations; "must move": must_move.py's bytes; "of copy": these over the
-time, as a share of what a large tensor.copy_ moves (reads and writes) in the same run.
+Columns: median seconds; images/s; ratio to torchvision's images/s in the same precision; peak memory of a step; on a
+GPU launching calls and the kernels that they run, on a CPU aten's outermost operations without views and allocations;
+"must move", the bytes of must_move.py; "of copy", the rate of these bytes as a share of the rate at which tensor.copy_
+reads and writes. Peak memory is measured after the warm-up, in which libraries try out workspaces; for a graph of ours
+it is that of a second capture, for torch.compile's graphs that of all steps.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes its own lines to stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own messages off stderr
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,11 +51,11 @@ from lib.device import is_out_of_memory, keep_freed_memory
 MIB = 2**20
 OUT_OF_MEMORY = "out of memory"
 PRECISIONS = ("fp32", "tf32", "bf16")
-NO_KERNEL = {f"aten::{name}" for name in (  # views, allocations, questions
+NO_KERNEL = {f"aten::{name}" for name in (  # views, allocations, queries
     "alias", "as_strided", "chunk", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand", "expand_as",
     "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "resize_", "select", "slice", "split",
     "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as")}
-MAY_COPY = ("aten::contiguous", "aten::flatten", "aten::reshape", "aten::to")
+MAY_COPY = ("aten::contiguous", "aten::flatten", "aten::reshape", "aten::to")  # they call a kernel only for a copy
 
 
 class Implementation(NamedTuple):
@@ -104,7 +104,7 @@ def torchvision_step(net: nn.Module, optimizer: torch.optim.Optimizer, precision
 
 def make_step(implementation: Implementation, size: Size, precision: str,
               device: torch.device) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """-> the network, and the step on one batch of random images"""
+    """-> the network, a function that makes one training step on a batch of random images"""
     torch.manual_seed(0)
     net = build(implementation, size).to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -133,7 +133,7 @@ def make_step(implementation: Implementation, size: Size, precision: str,
 # --- measuring --------------------------------------------------------------------------------------------------
 
 def times(step: Callable[[], Any], device: torch.device, steps: int, warmup: int) -> list[float]:
-    """Seconds of each step. A GPU is not waited for in between, as in training."""
+    """-> seconds of each step. On a GPU the steps are not synchronised, as in training."""
     for _ in range(warmup):
         step()
     if device.type == "cpu":
@@ -152,7 +152,7 @@ def times(step: Callable[[], Any], device: torch.device, steps: int, warmup: int
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of copying a tensor far larger than any cache."""
+    """-> bytes per second, read and written, when a tensor that is far larger than any cache is copied"""
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = times(lambda: target.copy_(source), device, steps=10, warmup=3)
@@ -177,7 +177,7 @@ def count_kernels(step: Callable[[], Any], device: torch.device) -> dict[str, in
 
 
 def is_operation(event) -> bool:
-    """Whether it is an operation of aten that no other one calls and that a GPU would have a kernel for."""
+    """True for an aten operation that no other operation calls, and for which a GPU would run a kernel."""
     if not event.name.startswith("aten::") or event.name in NO_KERNEL:
         return False
     if event.name in MAY_COPY and not any(child.name not in NO_KERNEL | {*MAY_COPY} for child in descendants(event)):
@@ -197,8 +197,8 @@ def descendants(event) -> Iterator:
 
 @contextlib.contextmanager
 def backends_for(precision: str) -> Iterator[None]:
-    """As train.py sets them: TF32 for this precision alone (cuDNN's own default is to use it), cuDNN's fastest
-    algorithms found by trial, in the warm-up."""
+    """A context with the same settings as train.py's: TF32 for this precision only, although cuDNN's default is to use
+    it; cuDNN tries out its algorithms during the warm-up."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
@@ -216,9 +216,11 @@ def free_memory(device: torch.device) -> None:
 
 
 def peak_on_cpu(net: nn.Module, step: Callable[[], Any]) -> int:
-    """Bytes of tensors over what is there before the step. Not the process's: the heap that earlier networks have
-    left behind made that up to twice as large."""
-    net.zero_grad(set_to_none=True)  # the profiler does not know the size of what is older than itself
+    """-> the peak of the bytes of tensors, minus those before the step
+
+    The process's own peak would be up to twice as large, because of the heap that earlier networks have left behind.
+    """
+    net.zero_grad(set_to_none=True)  # the profiler does not know the size of tensors that were allocated before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
@@ -228,7 +230,8 @@ def peak_on_cpu(net: nn.Module, step: Callable[[], Any]) -> int:
 
 def measure(implementation: Implementation, size: Size, precision: str, device: torch.device,
             args: argparse.Namespace) -> dict[str, Any]:
-    on_gpu, graphed = device.type == "cuda", implementation.library == "ours" and implementation.graph
+    on_gpu = device.type == "cuda"
+    graphed = implementation.library == "ours" and implementation.graph
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -236,9 +239,9 @@ def measure(implementation: Implementation, size: Size, precision: str, device: 
     times(step, device, 1, args.warmup)
     if graphed and not step.func.can_capture:
         raise RuntimeError("no CUDA graph could be captured")
-    if on_gpu and (graphed or not implementation.graph):  # a replay of torch.compile's graphs allocates nothing
+    if on_gpu and (graphed or not implementation.graph):  # torch.compile's graphs allocate only in the warm-up
         torch.cuda.reset_peak_memory_stats(device)
-    if graphed:  # nor does one of ours: what it holds is counted when it is captured, by another learning rate
+    if graphed:  # our graph allocates only when it is captured: another learning rate makes it capture again
         step.func.optimizer.param_groups[0]["lr"] /= 2
     seconds = times(step, device, args.steps, warmup=1)
     peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else peak_on_cpu(net, step)
@@ -257,14 +260,14 @@ def try_to_measure(name: str, *rest) -> dict[str, Any]:
 
 
 class Rows:
-    """What was measured: in memory and, with a path, in a file of JSON lines."""
+    """The measured rows: in memory and, with a path, in a file of JSON lines."""
 
     def __init__(self, path: str | None):
         self.path, self.rows = path, []
-        with contextlib.suppress(FileNotFoundError):
-            for line in Path(path).read_text().splitlines() if path else ():
-                with contextlib.suppress(json.JSONDecodeError):  # the last one, if a process was killed in it
-                    self.rows.append(json.loads(line))
+        lines = Path(path).read_text().splitlines() if path and Path(path).exists() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave an incomplete last line
+                self.rows.append(json.loads(line))
 
     def find(self, **key) -> dict[str, Any] | None:
         return next((row for row in self.rows if key.items() <= row.items()), None)
@@ -274,19 +277,21 @@ class Rows:
         if self.path:
             with open(self.path, "a+b") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                start = b"\n" if file.read() not in (b"", b"\n") else b""
-                file.write(start + json.dumps(row).encode() + b"\n")
+                last_byte = file.read()
+                if last_byte not in (b"", b"\n"):  # the last line is incomplete
+                    file.write(b"\n")
+                file.write(json.dumps(row).encode() + b"\n")
 
 
 def measure_all(names: list[str], size_name: str, device: torch.device, args: argparse.Namespace, rows: Rows,
                 about: dict[str, Any], end: float) -> bool:
-    """-> whether it went to the end: not if the time was over, or the GPU cannot be used any more"""
+    """-> False if it stopped early, because the time was over or the GPU can no longer be used"""
     size = SIZES[size_name]
     for precision in args.precision:
         must_move = bytes_to_move(size, precision)
         for name in names:
-            here = {"size": size_name, "precision": precision, "hardware": about["hardware"], "torch": about["torch"]}
-            row = rows.find(implementation=name, **here)
+            key = {"size": size_name, "precision": precision, "hardware": about["hardware"], "torch": about["torch"]}
+            row = rows.find(implementation=name, **key)
             if row is None:
                 if time.monotonic() > end:
                     return False
@@ -295,19 +300,19 @@ def measure_all(names: list[str], size_name: str, device: torch.device, args: ar
                 if name.endswith("compiled"):
                     torch._dynamo.reset()  # the compiled code holds its CUDA graphs' memory
                 free_memory(device)
-                row = {"implementation": name, **here, **about, "bytes": must_move, **row}
+                row = {"implementation": name, **key, **about, "bytes": must_move, **row}
                 if "error" not in row:
                     row |= {"imagesPerSecond": size.batchSz / row["seconds"],
                             "shareOfCopy": must_move / row["seconds"] / about["copyBytesPerSecond"]}
                 rows.add(row)
-            reference = rows.find(implementation="torchvision", **here) or {}
+            reference = rows.find(implementation="torchvision", **key) or {}
             print_row(row, reference.get("seconds"), device)
-            if "lost" in row and rows.rows[-1] is row:  # what is measured after it would fail, too
+            if "lost" in row and rows.rows[-1] is row:  # every later measurement in this process would fail, too
                 return False
     return True
 
 
-# --- what it shows ----------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------
 
 def print_header(name: str, size: Size, device: torch.device) -> None:
     print(f"\n{name}: k={size.growthRate}, layers {size.layers}, batch {size.batchSz}, "
@@ -317,7 +322,7 @@ def print_header(name: str, size: Size, device: torch.device) -> None:
 
 
 def print_row(row: dict[str, Any], reference: float | None, device: torch.device) -> None:
-    """``reference``: torchvision's seconds in this precision"""
+    """``reference`` is torchvision's seconds in this precision, or None."""
     label = f"{row['implementation']} {row['precision']}"
     if "error" in row:
         print(f"{label:44} {row['error']}", flush=True)
@@ -331,7 +336,7 @@ def print_row(row: dict[str, Any], reference: float | None, device: torch.device
 # --- the command ------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, list[str]]:
-    """-> flags, device and the implementations to measure; ValueError for nonsense"""
+    """-> flags, device, names of the implementations to measure. Raises ValueError for bad input."""
     count = number(int, 1, 10**6)
     parser = Parser("step.py", __doc__)
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), metavar="SIZE",
@@ -340,18 +345,18 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS,
                         help="(default: all three; on a CPU fp32)")
     parser.add_argument("--only", metavar="PART", nargs="+", default=[""],
-                        help="the implementations whose name contains one of these")
-    parser.add_argument("--steps", metavar="N", type=count, help="counted steps (default: 30; on a CPU 5)")
+                        help="measure only implementations whose name contains one of these")
+    parser.add_argument("--steps", metavar="N", type=count, help="timed steps (default: 30; on a CPU 5)")
     parser.add_argument("--warmup", metavar="N", type=count, help="steps before these (default: 10; on a CPU 2)")
-    parser.add_argument("--threads", metavar="N", type=count, help="of the CPU (default: torch's own)")
+    parser.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: torch's own)")
     parser.add_argument("--minutes", metavar="M", type=number(float, 0, 10**6), default=5,
-                        help="no new row begins after this; one takes up to 3 (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE.jsonl")
-    parser.add_argument("--plot", metavar="FILE.png")
+                        help="no row begins after this time; a row takes up to 3 minutes (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE.jsonl", help="add the rows to this file, and skip rows that it holds")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the rows")
     args = parser.parse_args(argv)
 
     gpus = torch.cuda.device_count()
-    valid = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
+    valid = ["cpu", "cuda", *(f"cuda:{i}" for i in range(gpus))] if gpus else ["cpu"]
     args.device = args.device or ("cuda" if gpus else "cpu")
     if args.device not in valid:
         raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
@@ -359,16 +364,18 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     on_gpu = device.type == "cuda"
     args.size = args.size or ["bc100-64" if on_gpu else "bc40-16"]
     args.precision = args.precision or list(PRECISIONS if on_gpu else PRECISIONS[:1])
-    args.steps, args.warmup = args.steps or (30 if on_gpu else 5), args.warmup or (10 if on_gpu else 2)
+    args.steps = args.steps or (30 if on_gpu else 5)
+    args.warmup = args.warmup or (10 if on_gpu else 2)
     if "tf32" in args.precision and not on_gpu:
-        raise ValueError(f"--precision tf32 is a GPU's; valid on {device} are fp32, bf16")
+        raise ValueError(f"--precision tf32 needs a CUDA GPU; valid on {device} are fp32, bf16")
     possible = [name for name, implementation in IMPLEMENTATIONS.items() if on_gpu or not implementation.graph]
     names = [name for name in possible if any(part in name for part in args.only)]
     if not names:
-        raise ValueError(f"--only {' '.join(args.only)} is in no name; on {device} there are {', '.join(possible)}")
-    for path in filter(None, (args.json, args.plot)):  # before minutes of measuring
-        if not Path(path).parent.is_dir() or Path(path).is_dir():
-            raise ValueError(f"{path} cannot be written: valid is a file in a directory that exists")
+        raise ValueError(f"--only {' '.join(args.only)} is in no name; valid on {device} are parts of "
+                         f"{', '.join(possible)}")
+    for path in (args.json, args.plot):  # check before minutes of measuring
+        if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+            raise ValueError(f"{path} cannot be written; valid is the path of a file in an existing directory")
     if args.plot and not args.plot.endswith(".png"):
         raise ValueError(f"--plot {args.plot}; valid is a name that ends in .png")
     return args, device, names
@@ -386,22 +393,22 @@ def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> lis
         left_out = [name for name, implementation in IMPLEMENTATIONS.items()
                     if implementation.graph and any(part in name for part in args.only)]
         if left_out:
-            print(f"left out: {', '.join(left_out)} (CUDA graphs are a GPU's)")
-        print("ratios only: on a CPU seconds, images/s and shares hold for this machine and moment; where others\n"
-              "work on it, even ratios are block.py's to tell, whose implementations take turns, a step each")
+            print(f"left out: {', '.join(left_out)} (CUDA graphs need a GPU)")
+        print("ratios only: on a CPU, seconds, images/s and shares depend on the machine's load; on a machine with\n"
+              "other load measure ratios with block.py, where the implementations take turns after each step")
     about = {"device": device.type, "hardware": hardware, "torch": str(torch.__version__), "nSteps": args.steps,
              "warmup": args.warmup, "copyBytesPerSecond": bandwidth}
     rows = Rows(args.json)
     for name in dict.fromkeys(args.size):
         print_header(name, SIZES[name], device)
         if not measure_all(names, name, device, args, rows, about, end):
-            print("stopped before the end; the same command goes on, with what --json holds")
+            print("stopped before the end; repeat the command with --json to measure the remaining rows")
             break
     return rows.rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 done, 1 a row failed otherwise than for want of memory, 2 refused"""
+    """-> exit status: 0 done, 1 a row failed for another reason than lack of memory, 2 bad input"""
     threads = torch.get_num_threads()
     try:
         args, device, names = parse_args(argv)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws what step.py measured: tests/benchmarks/step_plot.py step.jsonl step.png"""
+"""Draws the results of step.py: tests/benchmarks/step_plot.py step.jsonl step.png"""
 
 import json
 import sys
@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Speed and peak memory of each row, a line of panels for each size and hardware."""
+    """Draws speed and peak memory of each row, with two panels for each size and hardware."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
