@@ -91,6 +91,13 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        flags, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(flags).items():
+            if value == []:  # argparse drops the value of --out=--
+                self.error(f"argument --{name}: expected one argument")
+        return flags, rest
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="plot.py", description="Draw loss and error of one run, or compare several.")

@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        flags, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(flags).items():
+            if value == []:  # argparse drops the value of --depth=--
+                self.error(f"argument {flag(name)}: expected one argument")
+        return flags, rest
+
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """-> all flags, and those given on the command line, even if equal to the default"""
         # argparse cannot tell a default from a given value: parse again with a marker as every default

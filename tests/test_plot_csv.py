@@ -190,6 +190,7 @@ def test_refuses_a_csv_that_is_a_directory(tmp_path, capsys):
     ([], "the following arguments are required: RUN"),
     (["run", "--speed"], "unrecognized arguments: --speed"),
     (["run", "--out"], "argument --out: expected one argument"),
+    (["run", "--out=--"], "argument --out: expected one argument"),
 ])
 def test_wrong_command_lines_end_in_one_line(capsys, args, message):
     assert message in refused(capsys, *args)
