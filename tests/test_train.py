@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ROOT, SAMPLE, SMALL, contents, differences, edit_checkpoint, one_line, rows, slow
+from common import ROOT, SAMPLE, SMALL, contents, differences, edit_checkpoint, one_line, rows, run_script, slow
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -133,6 +133,7 @@ BAD_FLAGS = [
     ("--evaluate file", "file is damaged, or not a checkpoint"), ("--evaluate other", "other: Is a directory"),
     ("--evaluate file --resume", "does not train"), ("--evaluate file --overwrite", "does not train"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"), ("surplus", "unrecognized arguments: surplus"),
+    ("--batchSz=--", "--batchSz: expected one argument"), ("--classes=--", "--classes: expected one argument"),
     ("--resum", "unrecognized arguments: --resum"), ("--no-plot=1", "ignored explicit argument"),
 ]
 
@@ -235,9 +236,9 @@ def set_up_for_fuzzing(somewhere, images, finished):
 def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, finished, capfd, monkeypatch):
     """The exit status is 0, or 1 (diverged) or 2 (refused) with one line on stderr."""
     before = set_up_for_fuzzing(somewhere, images, finished)
-    draw, statuses = random.Random(0), []
+    draw, statuses = random.Random(3), []
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 10**5)  # a machine of 10 GB
-    for _ in range(400):
+    for _ in range(200):
         line, files = random_line(draw), set(contents(somewhere / "run"))
         status = train.main(line)  # any exception fails the test
         err = capfd.readouterr().err
@@ -246,21 +247,20 @@ def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, fi
         statuses.append(status)
         assert files_to_keep(somewhere, images) >= before, line
         assert "--overwrite" in line or files <= set(contents(somewhere / "run")), line
-    assert statuses.count(0) > 40 and 1 in statuses and statuses.count(2) > 100
+    assert statuses.count(0) > 20 and 1 in statuses and statuses.count(2) > 50
 
 
 @pytest.mark.slow
 def test_random_command_lines_in_their_own_processes(somewhere, images, finished):
     before = set_up_for_fuzzing(somewhere, images, finished)
     draw = random.Random(1)
-    lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:4]
-    for two in zip(lines[::2], lines[1::2], strict=True):
-        running = [subprocess.Popen([sys.executable, ROOT / "train.py", *line], stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE, env=ONE_THREAD) for line in two]
-        for line, process in zip(two, running, strict=True):
-            _, err = process.communicate(timeout=120)
-            assert process.returncode in (0, 1, 2) and b"Traceback" not in err, (line, err)
-            assert process.returncode == 0 or one_line(err.decode()), line
+    lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:2]
+    running = [subprocess.Popen([sys.executable, ROOT / "train.py", *line], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=ONE_THREAD) for line in lines]
+    for line, process in zip(lines, running, strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (0, 1, 2) and b"Traceback" not in err, (line, err)
+        assert process.returncode == 0 or one_line(err.decode()), line
     assert files_to_keep(somewhere, images) >= before
 
 
@@ -268,9 +268,9 @@ def test_random_command_lines_in_their_own_processes(somewhere, images, finished
 
 @pytest.mark.slow
 def test_the_script_trains_on_the_sample_and_writes_its_files(tmp_path):
-    command = f"{sys.executable} {ROOT / 'train.py'} --data {SAMPLE} --depth 10 --growthRate 8 --nEpochs 2 --save r/s"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == ""  # no progress bar in a pipe
+    done = run_script("train.py", "--data", SAMPLE, "--depth", 10, "--growthRate", 8, "--nEpochs", 2, "--save", "r/s",
+                      cwd=tmp_path, MPLBACKEND="module://nowhere")  # which the figures do without
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar in a pipe
     run = tmp_path / "r/s"
     assert sorted(contents(run)) == [".lock", "error.png", "latest.pth", "loss-error.png", "loss.png", "previous.pth",
                                      "run.json", "test.csv", "train.csv"]
