@@ -154,6 +154,7 @@ def test_heads_of_another_structure_are_left_aside():
     assert net.fc[0].bias.equal(theirs["module.densenet121.classifier.0.bias"])
 
 
+@pytest.mark.slow
 def test_networks_with_compiled_and_added_parts_exchange_weights():
     theirs, net = moved(small_theirs()).state_dict(), DenseNet(**SMALL)
     net.dense1, net.fc = (torch.compile(part, backend="eager") for part in (net.dense1, net.fc))

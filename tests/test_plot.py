@@ -178,6 +178,7 @@ def test_zero_error_is_drawn_at_the_bottom_of_the_axis(tmp_path):
     assert "0%" not in y_ticks(drawn(write_run(tmp_path)))
 
 
+@pytest.mark.slow
 def test_errors_that_are_all_zero_are_drawn(tmp_path):
     (tmp_path / "test.csv").write_text(HEADER + "1,0,0\n2,0,0\n")
     assert y_ticks(drawn(tmp_path))[0] == "0%"
@@ -192,6 +193,7 @@ def test_epoch_ticks_are_whole_numbers(tmp_path, n_epochs, last):
     assert axes.get_xlim() == (0, last)
 
 
+@pytest.mark.slow
 def test_a_single_row_is_drawn_as_a_point(tmp_path):
     (tmp_path / "train.csv").write_text(HEADER + "0.0,2.3,89.1\n")
     (tmp_path / "test.csv").write_text(HEADER)
@@ -203,6 +205,7 @@ def test_a_single_row_is_drawn_as_a_point(tmp_path):
     assert matplotlib.image.imread(tmp_path / "loss.png").shape == (600, 900, 4)
 
 
+@pytest.mark.slow
 def test_a_run_without_training_rows_is_drawn(tmp_path):
     run = write_run(tmp_path)
     (run / "train.csv").unlink()
@@ -217,6 +220,7 @@ def test_validation_is_drawn_if_there_is_a_val_csv(tmp_path):
     assert axes.get_lines()[1].get_linestyle() == "--"
 
 
+@pytest.mark.slow
 def test_csvs_without_a_header_are_drawn(tmp_path):
     run = write_run(tmp_path, header="")
     train, test = drawn(run).get_lines()
@@ -270,6 +274,7 @@ def test_extreme_numbers_are_drawn_without_a_warning(tmp_path, capsys, rows):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")  # matplotlib warns, and prints the character, if its font has no glyph for it
 def test_unprintable_characters_are_escaped_in_the_legend(tmp_path):
     run = str(write_run(tmp_path / "run"))
@@ -327,6 +332,7 @@ def test_a_directory_name_that_is_not_utf8_can_be_drawn(tmp_path):
     assert plot.main([run, str(write_run(tmp_path / "other")), "--out", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_labels_with_dollars_and_underscores_are_plain_text(tmp_path):
     run = str(write_run(tmp_path / "run"))
     assert plot.main([run, run, "--out", str(tmp_path), "--labels", r"$\oops$", "_hidden"]) == 0
@@ -365,6 +371,7 @@ def test_a_figure_that_cannot_be_replaced_is_reported_in_one_line(tmp_path, caps
     assert names(run) == ["error.png", "loss.png", "test.csv", "train.csv"]
 
 
+@pytest.mark.slow
 def test_an_old_figure_is_not_overwritten_in_place(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "loss.png").write_bytes(b"old")

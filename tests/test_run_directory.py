@@ -348,6 +348,7 @@ def test_damage_to_the_newest_checkpoint_leaves_the_best_one(flags, tmp_path, ca
 
 # --- full disks and losses that are not finite ------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [slow(100), slow(10_000), 40_000])
 def test_a_disk_that_is_full_from_the_start_is_one_line_and_resume_continues(flags, whole, tmp_path, capsys, limit):
     argv = [*flags, "--save", str(tmp_path / "run")]
@@ -375,6 +376,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_row_is_one_line_and_resume_conti
     assert train.main([*argv, "--save", str(save), "--resume"]) == 0 and differences(tmp_path / "whole", save) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(interrupted, whole, capfd):
     before = without_lock(interrupted)
     with full_disk(40_000):

@@ -46,20 +46,20 @@ def test_a_graph_is_written_into_the_working_directory(tmp_path, monkeypatch):
 
 
 IMPORT = """
-import os, sys
+import os
 import torch, torchvision  # once, before the forks: this takes the time
 
-for tool in ("compare_grads", "numcheck", "make_graph"):
-    for backend in ("nonsense", "module://nowhere", "svg", ""):
-        child = os.fork()
-        if child == 0:
-            os.environ["MPLBACKEND"] = backend
-            __import__(tool)
-            import matplotlib
-            assert os.environ["MPLBACKEND"] == backend
-            assert backend != "svg" or matplotlib.get_backend() == "svg"
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0, (tool, backend)
+for tool, backend in (("compare_grads", "nonsense"), ("numcheck", ""), ("make_graph", "module://nowhere"),
+                      ("make_graph", "svg")):
+    child = os.fork()
+    if child == 0:
+        os.environ["MPLBACKEND"] = backend
+        __import__(tool)
+        import matplotlib
+        assert os.environ["MPLBACKEND"] == backend
+        assert backend != "svg" or matplotlib.get_backend() == "svg"
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, (tool, backend)
 """
 
 

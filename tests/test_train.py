@@ -367,6 +367,7 @@ def test_printed_training_loss_is_the_mean_over_images(images, tmp_path, capsys)
     assert f"train loss {loss:.4f} error {error:.2f}%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     [], slow(["--no-augment", "--dropRate", "0.2"]), slow(["--no-bottleneck", "--opt", "adam"])], ids=" ".join)
 def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path, flags):

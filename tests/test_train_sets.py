@@ -185,6 +185,7 @@ def test_best_is_made_again_if_the_run_was_stopped_before_it(flags, validated, t
     assert differences(validated, save) == []
 
 
+@pytest.mark.slow
 def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, tmp_path, capsys):
     save = shutil.copytree(validated, tmp_path / "run")
     best = densenet.read_checkpoint(save / "best.pth")["epoch"]
