@@ -362,6 +362,7 @@ def test_characters_that_stdout_cannot_encode_are_escaped(tmp_path, encoding, sh
     assert result.stdout.decode().splitlines()[0] == f"{tmp_path}/{shown}/loss.png"
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_replaced_is_reported_in_one_line(tmp_path, capsys):
     run = write_run(tmp_path)
     (run / "error.png").mkdir()  # cannot be replaced by a file

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("function, call, kept", [
     slow("train_step", 1, 0), slow("train_step", 3, 0), slow("evaluate", 1, 0), ("train_step", 5, 1),
     slow("train_step", 10, 3), slow("evaluate", 4, 3), slow("train_epoch", 2, 1)])
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
 def test_a_signal_stops_at_once_and_says_how_to_continue(
         flags, whole, tmp_path, capfd, function, call, kept, number, status):
     save = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(flags, tmp_path):
 
 
 @pytest.mark.parametrize("more", [
-    ["--opt", "adam", "--dropRate", "0.2"], slow(["--opt", "rmsprop", "--no-augment"]),
+    slow(["--opt", "adam", "--dropRate", "0.2"]), slow(["--opt", "rmsprop", "--no-augment"]),
     slow(["--no-nesterov", "--no-bottleneck", "--efficient", "max", "--dropRate", "0.1"]), slow(["--efficient", "no"]),
 ], ids=" ".join)
 def test_every_optimiser_and_path_resumes_exactly(flags, tmp_path, more):
@@ -309,6 +309,7 @@ def test_thread_count_is_restored_and_other_differences_are_named(flags, whole, 
     assert "the run had abacus" in warnings[0] and f"torch is {torch.__version__}, the run had 1.0" in warnings[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [10**6, slow(0), slow(-1), "many"])
 def test_an_impossible_saved_thread_count_is_not_restored(interrupted, threads, capfd):
     environment = torch.load(interrupted / "latest.pth", weights_only=True)["environment"]
@@ -346,6 +347,7 @@ def test_dropout_of_an_older_run_continues_with_one_warning(flags, tmp_path, cap
     assert "version 1.0" in one_line(capfd.readouterr().err, "train.py: warning: ")
 
 
+@pytest.mark.slow
 def test_dropout_has_random_numbers_of_its_own(flags, tmp_path, monkeypatch):
     """Each epoch seeds it with another seed than that of permutation, crops and flips."""
     seeds, manual_seed = [], torch.manual_seed

@@ -39,6 +39,7 @@ def test_plot_draws_a_run_given_by_a_relative_path(tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_graph_is_written_into_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert make_graph.main(["--graph", "block", "--growthRate", "4"]) == 0

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from common import slow
 from twin import Twin, allow_capturable
 
 import train
@@ -84,7 +85,7 @@ def test_resumed_graph_has_the_momentum_of_the_checkpoint():
     assert_same(state_of(net, optimizer), state_of(net2, optimizer2))
 
 
-@pytest.mark.parametrize("failing", ["warm_up", "on_side_stream"])
+@pytest.mark.parametrize("failing", ["warm_up", slow("on_side_stream")])
 def test_if_the_warm_up_fails_the_step_is_eager_and_says_so_once(failing, capsys, monkeypatch):
     net, optimizer = set_up("SGD")
     eager = run(lambda *batch: train.train_step(net, optimizer, "fp32", *batch), optimizer)
@@ -103,6 +104,7 @@ def test_if_the_warm_up_fails_the_step_is_eager_and_says_so_once(failing, capsys
     assert err.count("\n") == 1 and "no CUDA graph" in err and "not permitted" in err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 def test_adam_moves_between_devices():
     """A GPU's checkpoint says capturable, with which a CPU's Adam would fail; and the other way round."""

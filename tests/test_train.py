@@ -359,6 +359,7 @@ def test_every_step_has_a_row_even_the_smaller_last_one(finished):
     assert checkpoint["csvLengths"] == {name: (finished / name).stat().st_size for name in ("train.csv", "test.csv")}
 
 
+@pytest.mark.slow
 def test_printed_training_loss_is_the_mean_over_images(images, tmp_path, capsys):
     flags = ["--data", images, *SMALL, "--nEpochs", "1", "--save", str(tmp_path / "r")]
     assert train.main(flags) == 0

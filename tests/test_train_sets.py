@@ -79,6 +79,7 @@ def test_a_broken_image_is_named(folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_cifar100_trains_a_network_of_its_100_fine_classes(tmp_path):
     folder = tmp_path / "cifar-100-binary"
     folder.mkdir()
@@ -198,6 +199,7 @@ def test_a_lost_or_foreign_best_is_named_before_anything_is_trained(validated, t
         assert [row[0] for row in rows(save / "val.csv")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_validation_takes_more_epochs(validated, tmp_path):
     save = shutil.copytree(validated, tmp_path / "run")
     assert train.main(["--resume", "--nEpochs", "5", "--save", str(save), "--no-plot"]) == 0
