@@ -164,7 +164,7 @@ class DenseNet(nn.Module):
         self.fc = nn.Linear(nChannels, nClasses)
 
         for m in self.modules():
-            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # on meta, normal_ imports for seconds
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # on the meta device normal_ would import for seconds
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
         nn.init.zeros_(self.fc.bias)
 
@@ -383,7 +383,7 @@ def read_checkpoint(file: str | os.PathLike | BinaryIO) -> dict:
                 if sum(part.file_size for part in parts) > opened.seek(0, os.SEEK_END):
                     raise ValueError("its parts overlap")
                 if bad := archive.testzip():
-                    raise ValueError(f"at {bad}")
+                    raise ValueError(f"wrong checksum of {bad}")
             opened.seek(0)
             checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -519,9 +519,9 @@ class EfficientBlock(torch.autograd.Function):
         *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
         m, k, n = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0], len(tiles(xhat))
-        nMasks = n if spec.dropRate > 0 else 0  # that each dropout has added to the stack
+        nMasks = n if spec.dropRate > 0 else 0  # masks that each dropout has put onto the stack
 
-        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums (2, C): of G and of G xhat over N, H and W
+        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums below: (2, C), of G and of G xhat over N, H and W
         dout = dout.split(len(tiles(xhat)[0]))
         sums, grads = affine_relu_backward(partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta, tiles(G),
                                            is_first=True)

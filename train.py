@@ -64,7 +64,7 @@ class Training(NamedTuple):
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
                labels: torch.Tensor, images_per_rank: float) -> torch.Tensor:
-    """Trains on a batch. -> (2,): mean loss and error in percent, on the device, since reading them waits for a GPU
+    """Trains on a batch. -> (2,): mean loss and error in percent, on the device: reading them waits for a GPU
 
     ``images_per_rank`` is the global batch size / world size. DDP averages gradients over the ranks, so a summed loss
     divided by it gives the mean over the global batch, even if one rank has an image more than another. Averaged over
@@ -163,7 +163,7 @@ def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[st
             say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {train_loss:.4f} error {train_error:.2f}%  "
                 f"{name} loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
             plotter.start()
-    if not state["test"]:  # with validation images
+    if not state["test"]:  # --valSize: the test set is used only here
         test_best_weights(training, run, world)
     return state
 
@@ -201,7 +201,7 @@ def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     if precision != "bf16":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a CUDA graph casts anew in each replay
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a graph does not repeat a cached cast
 
 
 def check_finite(values: list[list[float]], epoch: int, done: int) -> None:
@@ -373,8 +373,8 @@ def summary(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Prints loss, error and each class's error of the checkpoint --evaluate. Its own --dataset, --data, --classes,
-    --imageSize, --precision, --device, --no-cuda and --deterministic are the defaults."""
+    """Prints the test loss, error and each class's error of the checkpoint --evaluate. --dataset, --data, --classes,
+    --imageSize, --precision, --device, --no-cuda and --deterministic default to those of its run."""
     if world.size > 1:
         raise ValueError("--evaluate is for one process; start it without torchrun")
     checkpoint = densenet.read_checkpoint(args.evaluate)

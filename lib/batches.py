@@ -29,9 +29,9 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def dropout_seed(seed: int, epoch: int, rank: int) -> int:
     """Seed of a rank's dropout in an epoch; below 2**63 for seeds below 2**32.
 
-    Within a run (one ``seed``) of fewer than 2**20 epochs, every epoch and rank has a seed of its own. Adding 2**62
-    makes it differ from the ``epoch_seed`` of any run. torch's CPU generator reads only the low 32 bits of a seed: they
-    differ from each other and from those of the run's epoch seeds as well, for up to 4095 ranks.
+    Within a run (one ``seed``) of fewer than 2**20 epochs, every epoch and rank has a seed of its own. 2**62 keeps
+    it apart from every run's ``epoch_seed``. torch's CPU generator reads only the low 32 bits of a seed: for up to 4095
+    ranks these differ, too, among all dropout and epoch seeds of the run.
     """
     return 2**62 + (rank + 1) * 2**20 + epoch_seed(seed, epoch)
 

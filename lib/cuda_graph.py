@@ -62,7 +62,7 @@ class GraphedStep:
         try:
             self.graph = self.capture()
         except RuntimeError as error:
-            # the end of a failed capture raises again: the first error in the chain is the cause, or a signal
+            # leaving a failed capture raises a second error: the first in the chain is the cause, or a signal
             while isinstance(error.__context__, (RuntimeError, KeyboardInterrupt)):
                 error = error.__context__
             if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):

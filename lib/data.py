@@ -114,7 +114,7 @@ def load_cifar(kind: Cifar, root: Path, parts: Parts, may_download: bool) -> lis
 def read_cifar_python(kind: Cifar, folder: Path, parts: Parts) -> list[ImageSet]:
     """Reads the pickled files with torchvision. Only files with the published MD5 sums are unpickled."""
     class Reader(kind.reader):
-        def _check_integrity(self) -> bool:  # torchvision's needs the files of both sets, check_md5 those of parts
+        def _check_integrity(self) -> bool:  # torchvision's needs both sets; check_md5 checks ``parts``
             return True
 
     lists = {"train": Reader.train_list, "test": Reader.test_list}

@@ -61,8 +61,8 @@ def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory that a step frees, for the next step. The process takes up to a fifth more memory.
-    Otherwise the kernel clears each page before its next use: a tenth of the time of BC 100-12 on a CPU."""
+    """Makes glibc keep the memory that a step frees, for the next step. Otherwise the operating system clears each page
+    before its next use: a tenth of the time of BC 100-12 on a CPU. Costs up to a fifth more memory."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: glibc's own upper limit for it

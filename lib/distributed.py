@@ -53,7 +53,7 @@ def agree_on_prefix(store: dist.Store, world: World) -> str:
     """-> a new prefix for the process group's keys, the same on all ranks
 
     After a restart torchrun's store still has the keys of the previous processes, and a rank that reads those waits for
-    a dead process (pytorch #135712). Here stale keys never match, because they are looked up by random tokens.
+    a dead process (pytorch #135712). Every key that a rank waits for holds a new random token, so no stale key matches.
     """
     token = secrets.token_hex(8)
     store.set(f"hello {world.rank}", token)
@@ -104,7 +104,7 @@ def average_gradients(net: nn.Module, world: World) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     is_renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.15
     no_sync = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 weights: their order in memory does match
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # for 1x1 weights the order in memory is the same
     return ddp(net, gradient_as_bucket_view=True, **no_sync)
 
 
@@ -153,7 +153,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks. Every rank reads it, so the gradient for each rank's values is such a sum, too."""
+    """The sum over all ranks. All ranks' losses depend on it, so the backward pass sums their gradients, too."""
 
     @staticmethod
     def forward(ctx, values):

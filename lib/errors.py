@@ -14,7 +14,7 @@ from lib.run_directory import Run
 def report(error: Exception, run: Run | None, world: World) -> int:
     """Prints an error that a user can cause or fix, and raises any other again. -> the exit status
 
-    Ranks above 0 are silent where rank 0 has the same error: before the process group starts, and if a rank has ended.
+    Ranks above 0 leave some errors to rank 0: those before the process group starts, and that a rank has ended.
     """
     hint = how_to_continue(run, world)
     if is_out_of_memory(error):

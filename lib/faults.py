@@ -19,7 +19,7 @@ FAULTS = {
     "cat-order": "one layer reads the concatenated channels in the wrong order, forward and backward",
     "stats-twice": "the running statistics of one batch norm are updated twice per step",
 }
-WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # the others leave the gradients of what forward computes
+WRONG_GRADIENTS = ("cat-grad", "grad-scale", "bn-no-mean")  # with the others, gradients still match the forward pass
 
 
 def add_inject_flag(parser: argparse.ArgumentParser, faults: Iterable[str]) -> None:

@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
     if args.no_cuda and args.device not in (None, "cpu"):
         raise ValueError(f"--no-cuda contradicts --device {args.device}; give one of them")
     if args.pretrained and not args.arch:
-        raise ValueError(f"--pretrained takes --arch; valid are {', '.join(ARCHS)}")
+        raise ValueError(f"--pretrained needs --arch; valid are {', '.join(ARCHS)}")
     if args.arch:
         for name in SET_BY_ARCH:
             if name in explicit:
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
     if args.dataset != "svhn" and args.extra:
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
     if args.no_nesterov and args.opt != "sgd":
-        raise ValueError(f"--no-nesterov: --opt {args.opt} has no momentum of this kind; valid with sgd")
+        raise ValueError(f"--no-nesterov with --opt {args.opt}; valid only with sgd")
     if "border" in explicit and (args.no_augment or args.dataset == "svhn"):
         raise ValueError(f"--border {args.border}: images that are not augmented have no border; leave it out")
     for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):

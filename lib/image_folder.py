@@ -23,7 +23,7 @@ from lib.memory import total_memory
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
            ".pnm")
-MAX_PIXELS = 178_956_970  # of a picture (Pillow's limit), and of all pictures being decoded; 4 to 7 bytes a pixel
+MAX_PIXELS = 178_956_970  # of a picture (Pillow's limit), and of all that are decoded at a time; 4 to 7 bytes a pixel
 MAX_NAMED = 5  # broken pictures that a message names
 
 
@@ -165,7 +165,7 @@ def decode(files: list[Path], imageSize: int) -> torch.Tensor:
     Raises:
         DataError: if images cannot be decoded; the message names the first five and counts the others.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd palettes and sizes, which it decodes all the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd palettes and sizes, which Pillow decodes
     Image.core.set_block_size(2**26)  # glibc frees blocks above 32 MiB at once; each thread would keep smaller ones
     images = torch.empty(len(files), 3, imageSize, imageSize, dtype=torch.uint8)
     all_gray, broken = True, []

@@ -16,7 +16,7 @@ from densenet import DenseNet
 from lib.cli import EFFICIENT
 
 USABLE_SHARE = 0.8  # of the memory; the rest is for what is not counted: libraries' workspaces and fragmentation
-STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # that the optimizer keeps for a parameter, each as large as it
+STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # that the optimizer keeps for each parameter, of its size
 
 
 class Choice(NamedTuple):
@@ -76,10 +76,10 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, data_bytes: 
     """
     if args.syncBN:
         return Choice(False, "--syncBN needs the textbook layers")
-    if args.efficient != "auto":
-        return Choice(EFFICIENT[args.efficient], f"--efficient {args.efficient}")
     if device.type not in ("cpu", "cuda"):
         return Choice(False, f"the efficient block does not run on {device.type}")
+    if args.efficient != "auto":
+        return Choice(EFFICIENT[args.efficient], f"--efficient {args.efficient}")
     if device.type == "cpu" and args.precision != "bf16":
         return Choice(True, "the fastest on a CPU in float32")
     needed = sharing * step_bytes(net, args, size, data_bytes, batch_size, device.type == "cuda")

@@ -10,7 +10,7 @@ PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
 
 class Plotter:
-    """Runs plot.py, one process at a time. If plot.py fails, it prints a warning and does not start plot.py again."""
+    """Runs plot.py, one process at a time. After a failure it warns once and never starts plot.py again."""
 
     def __init__(self, save: str, enabled: bool):
         self.command = [sys.executable, str(PLOT), "--", save]

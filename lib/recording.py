@@ -114,7 +114,7 @@ def record_states_in_blocks(model: DenseNet, output: torch.Tensor, result: Recor
 def record_parameters_and_statistics(model: nn.Module, net: DenseNet, side: Side, result: Record) -> None:
     ours = {torchvision_name(name) if side.torchvision else name: name for name in net.state_dict()}
     for name, p in model.named_parameters():
-        gradient = torch.zeros_like(p) if p.grad is None else p.grad  # a lost gradient differs from the reference's
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad  # a missing gradient counts as a difference
         result.put("parameter", ours[name], gradient)
     for name, buffer in model.named_buffers():
         result.put("statistic", ours[name], buffer)

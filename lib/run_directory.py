@@ -38,7 +38,7 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # open() then refuses a link, which co
 
 
 def is_finished(saved: dict[str, Any] | None, nEpochs: int) -> bool:
-    """Whether nothing of the saved run is left to train or test, so that its images are not needed."""
+    """Whether the saved run is fully trained and tested, so that its images are not needed."""
     return saved is not None and saved.get("epoch", 0) >= nEpochs and bool(saved.get("test"))
 
 
@@ -47,7 +47,7 @@ class RunError(ValueError):
 
 
 class Run:
-    """In a with statement, whose end unlocks: ``open``, then ``begin``, then ``add`` and ``save`` in each epoch."""
+    """A context manager that unlocks at exit. Call ``open``, ``begin``, then ``add`` and ``save`` in each epoch."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -74,8 +74,8 @@ class Run:
         stopped before its first checkpoint; None for a new run.
 
         Raises:
-            RunError: if there is a run and neither flag, none of its checkpoints can be used, rows of a CSV are lost,
-                a file is not a run's, nothing can be written, or another process uses the directory.
+            RunError: if a run exists and neither flag is set, no checkpoint can be used, a CSV has lost rows, a file is
+                not a run's, the directory cannot be written, or another process uses it.
         """
         if not self.check(resume, overwrite):
             return None
@@ -109,7 +109,7 @@ class Run:
             raise RunError(f"--save {self.path}: no permission to write in {directory}")
 
     def why_foreign(self, name: str) -> str | None:
-        """-> why this file, in spite of its name, is not a run's and must not be replaced; None if it may be a run's"""
+        """-> why this file, despite its name, is not from a run and must be kept; None if it may be from a run"""
         path = self.path / name
         if path.is_symlink():
             return "is a symbolic link"

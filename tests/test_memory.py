@@ -74,6 +74,7 @@ def test_a_step_is_what_is_kept_weights_gradients_optimizer_and_images():
     ("--precision bf16", "cpu", 16, False, "fits"),
     ("--precision bf16", "cpu", 1, True, "does not fit"),
     ("", "mps", 16, False, "does not run on mps"),
+    ("--efficient max", "mps", 16, False, "does not run on mps"),
     ("--syncBN", "cuda", 80, False, "--syncBN"),
     ("--syncBN --efficient yes", "cpu", 16, False, "--syncBN"),
     ("--efficient yes", "cuda", 80, True, "--efficient yes"),

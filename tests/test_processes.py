@@ -96,7 +96,7 @@ def check_gradients(world: World, sync: bool) -> None:
 
 
 def check_refusals(argv: list[str], rank: int) -> None:
-    """Four trainings, one after the other, that one rank refuses: all ranks end each of them."""
+    """Four trainings in a row, each refused by one rank or by all: every rank must end each of them."""
     load = sets.load_sets
 
     def fail_on(failing_rank: int):
@@ -129,7 +129,7 @@ def argv(images):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_sync_bn_have_the_loss_curve_of_one_process_which_can_continue(tmp_path, capfd):
+def test_two_ranks_with_sync_bn_match_one_process_and_one_process_can_resume_them(tmp_path, capfd):
     images = cut_sample(tmp_path / "images", train=159)  # the last batch has 31: one rank has an image more
     more = ["--data", images, *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
@@ -196,7 +196,7 @@ def worker(pid: int) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_compute_the_same_and_refuse_together(argv, tmp_path):
-    """One start of two ranks for all of these checks: it takes most of the time."""
+    """All of these checks share one start of two ranks, which takes most of the time."""
     out = finished(torchrun(__file__, *argv, "--save", tmp_path / "run"))  # a rank that is not ended waits for ever
     assert out.count("all right") == 2, out
     lines = [line for line in out.splitlines() if line.startswith("train.py: ")]

@@ -126,7 +126,7 @@ BAD_FLAGS = [
     ("--border white", "invalid choice: 'white'"),
     ("--border mean --no-augment", "--border mean: images that are not augmented have no border"),
     ("--dataset svhn --border black", "--border black: images that are not augmented"),
-    ("--opt adam --no-nesterov", "--no-nesterov: --opt adam has no momentum of this kind; valid with sgd"),
+    ("--opt adam --no-nesterov", "--no-nesterov with --opt adam; valid only with sgd"),
     (f"--save {'x' * 300}", "name too long"),
     ("--save dangling", "--save dangling is not a directory"), ("--save /proc/none", "/proc"),
     ("--resume --overwrite", "give one of them"), ("--evaluate none.pth", "none.pth: No such file"),

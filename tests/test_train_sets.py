@@ -300,7 +300,7 @@ def test_pretrained_weights_are_where_the_training_begins(folder, hub, tmp_path,
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("argv", "message"), [
-    ("--pretrained", "--pretrained takes --arch; valid are densenet121, densenet161"),
+    ("--pretrained", "--pretrained needs --arch; valid are densenet121, densenet161"),
     ("--arch densenet121 --depth 40", "--depth=40 contradicts --arch densenet121"),
     ("--arch densenet121 --no-bottleneck", "--no-bottleneck contradicts"),
     ("--arch densenet120", "invalid choice: 'densenet120'"),
