@@ -30,7 +30,7 @@ from lib import cli, data
 from lib.cli import EFFICIENT, NETWORK_FLAGS, Parser, add_network_flags, fail, flag, network_arguments, number
 from lib.faults import FAULTS, add_inject_flag
 from lib.files import new_file, replace_file
-from lib.layers import PATHS, describe, layers_of, settle_kinks
+from lib.layers import COMPILED_PATHS, PATHS, describe, layers_of, settle_kinks
 from lib.recording import Record, Side, record
 from lib.torchvision_net import check_torchvision_has
 
@@ -88,6 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--efficient", choices=tuple(EFFICIENT), default=None,
         help="the path of our dense blocks, as in train.py; with yes and max the gradients of the states inside a "
              "block are not compared (default: no; with plain: yes)")
+    add("--compile", action="store_true", help="compile our efficient blocks, as train.py --compile")
     add("--checkpoint", metavar="FILE", type=cli.path, default=None,
         help="train.py's latest.pth: use its network and weights, in training mode; needs --data")
     add("--data", metavar="DIR", type=cli.path, default=None,
@@ -118,20 +119,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.against == "compile" and args.efficient != "no":
         raise ValueError(f"--efficient {args.efficient}: torch.compile computes the textbook's layers; with --against "
                          "compile valid is no")
+    if args.compile and args.efficient == "no":
+        raise ValueError("--compile is for the efficient block; add --efficient yes or max")
     if args.against == "bf16" and args.inject:
         raise ValueError(f"--inject {args.inject} could be smaller than bfloat16's rounding errors; valid are the "
                          "other values of --against")
     return args
 
 
-def missing(against: str) -> str | None:
+def missing(against: str, compiles: bool) -> str | None:
     """-> what this machine lacks for the comparison, or None"""
     if against in ("cuda", "cudnn-off") and not torch.cuda.is_available():
         return "this machine has no GPU that PyTorch can use"
     if against == "cudnn-off" and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
     compiler = os.environ.get("CXX", "g++")
-    if against == "compile" and not shutil.which(compiler):
+    if compiles and not shutil.which(compiler):
         return f"there is no C++ compiler {compiler}"
     return None
 
@@ -142,12 +145,12 @@ def sides(args: argparse.Namespace) -> list[Side | None]:
     In float64, rounding errors are too small to hide a fault. It is None where the rounding errors are themselves
     compared (float64, bf16), or where another dtype would compile another program (compile).
     """
-    ours = Side("ours", path=EFFICIENT[args.efficient])
+    ours = Side("ours", path=(COMPILED_PATHS if args.compile else PATHS)[EFFICIENT[args.efficient]])
     theirs = Side("torchvision", torchvision=True)
     gpu = ours._replace(name="GPU", device="cuda")
     tested, reference = {
         "torchvision": (ours, theirs),
-        "plain": (ours._replace(name=PATHS[ours.path]), Side("textbook")),
+        "plain": (ours._replace(name=PATHS[EFFICIENT[args.efficient]]), Side("textbook")),
         "float64": (ours, theirs),
         "cuda": (gpu, ours._replace(name="CPU")),
         "cudnn-off": (gpu._replace(name="cuDNN"), gpu._replace(name="no cuDNN", cudnn=False)),
@@ -335,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit status"""
     try:
         args = parse_args(argv)
-        reason = missing(args.against)
+        reason = missing(args.against, args.compile or args.against == "compile")
         if reason:
             print(cli.printable(f"skipped {args.against}: {reason}"))
             return 0

@@ -15,9 +15,11 @@ import os
 import pickle
 import re
 import reprlib
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -66,7 +68,8 @@ class SingleLayer(nn.Module):
 class DenseBlock(nn.Sequential):
     """Layers, each of which reads the block's input and the outputs of all layers before it.
 
-    ``last_path``: how the last forward pass was computed, "textbook", "efficient" or "max"; None before the first.
+    ``last_path``: how the last forward pass was computed, "textbook", "efficient" or "max", or after
+    ``DenseNet.compile_block`` "compiled efficient" or "compiled max"; None before the first.
     """
 
     last_path: str | None = None
@@ -123,6 +126,8 @@ class DenseNet(nn.Module):
     Raises:
         ValueError: for impossible geometry, with the nearest valid values.
     """
+
+    is_compiled = False  # see compile_block
 
     def __init__(self, growthRate: int = 12, depth: int | None = None, reduction: float = 0.5, nClasses: int = 10,
                  bottleneck: bool = True, *, blockConfig: Sequence[int] | None = None, smallInputs: bool = True,
@@ -184,7 +189,7 @@ class DenseNet(nn.Module):
             x = self._dense_and_transition(getattr(self, f"dense{b}"), getattr(self, f"trans{b}"), x)
         last = getattr(self, f"dense{self.nBlocks}")
         if path := self._efficient_path(last, [self.bn1], x):
-            return efficient_block(last, self.bn1, x, tuple(x.shape[2:]), path == "max").flatten(1)
+            return efficient_block(last, self.bn1, x, tuple(x.shape[2:]), path).flatten(1)
         return F.relu(self.bn1(last(x))).mean((2, 3))  # -> (N, 342, 8, 8) -> (N, 342)
 
     def _dense_and_transition(self, block: nn.Module, trans: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -194,19 +199,45 @@ class DenseNet(nn.Module):
             return trans(block(x))
         # without dropout between them, pool(conv(a)) = conv(pool(a)) for a 1x1 conv, which then costs a quarter
         size = (1, 1) if trans.dropRate > 0 else (2, 2)
-        x = trans.conv1(efficient_block(block, trans.bn1, x, size, path == "max"))
+        x = trans.conv1(efficient_block(block, trans.bn1, x, size, path))
         return F.avg_pool2d(dropout(x, trans.dropRate, True), 2) if trans.dropRate > 0 else x
 
     def _efficient_path(self, block: nn.Module, after: list[nn.Module], x: torch.Tensor) -> str | None:
-        """-> "efficient" or "max", or None for the textbook layers; sets ``block.last_path``"""
+        """-> a name of ``DenseBlock.last_path``, None for the textbook layers; sets ``block.last_path``"""
         if torch.compiler.is_compiling():
             return None
         path = {True: "efficient", "max": "max", False: None}[self.efficient]
         if path and not can_be_efficient(block, after, x):
             path = None
+        if path and self.is_compiled:
+            path = f"compiled {path}"
         if isinstance(block, DenseBlock):
             block.last_path = path or "textbook"
         return path
+
+    def compile_block(self) -> bool:
+        """Compiles the efficient block's element-wise functions with torch.compile, once for all layers and sizes.
+
+        Training takes less time then, and computes the same up to rounding. The first call in a process takes 10 to 30
+        seconds. Call it on the device, and under the autocast, of the training.
+
+        -> whether it worked. Otherwise, for example without a C++ compiler on a CPU, it warns, and the block runs as
+        before.
+        """
+        if not self.efficient:
+            raise ValueError("efficient is False; valid for compile_block are True and 'max'")
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            net = DenseNet(5, blockConfig=(2, 2), bottleneck=self.arguments["bottleneck"], efficient=self.efficient)
+            images = torch.randn(7, 3, 16, 16)
+            net.is_compiled = True
+            try:
+                net.to(self.fc.weight)(images.to(self.fc.weight)).sum().backward()
+            except Exception as error:  # the compilers', the linker's, that of a cache that cannot be written
+                reason = " ".join(str(error).split())[:160]
+                warnings.warn(f"the efficient block runs without torch.compile, which failed: {reason}", stacklevel=2)
+                net.is_compiled = False
+        self.is_compiled = net.is_compiled
+        return self.is_compiled
 
     def _check_input(self, x: torch.Tensor) -> None:
         stem = self.conv1
@@ -409,7 +440,7 @@ TILE = 16384  # pixels of a tile on a CPU: smaller ones fit nearer caches, large
 
 
 def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],
-                    recompute: bool) -> torch.Tensor:
+                    path: str) -> torch.Tensor:
     """-> ``avg_pool2d(relu(norm(block(x))), pool)``; updates the running statistics of every batch norm"""
     bottleneck = isinstance(block[0], Bottleneck)
     parameters = []
@@ -417,7 +448,8 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
         parameters += layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
         if bottleneck:
             parameters += layer.bn2.weight, layer.bn2.bias, layer.conv2.weight
-    spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, recompute, activation_dtype(x, norm.weight))
+    spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, "max" in path, "compiled" in path,
+                     activation_dtype(x, norm.weight))
     with torch.autocast(x.device.type, enabled=False):  # the block casts by itself
         out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
     outer = [*(layer.bn1 for layer in block), norm]
@@ -444,6 +476,7 @@ class BlockSpec(NamedTuple):
     dropRate: float
     pool: tuple[int, int]
     recompute: bool  # the backward pass repeats the bottleneck's 1x1 convolution: its output is not kept
+    compiled: bool  # the functions of tiles are
     dtype: torch.dtype  # of activations; statistics and gradients of parameters have the parameters' dtype
 
 
@@ -479,25 +512,25 @@ class EfficientBlock(torch.autograd.Function):
     def forward(ctx, x, spec, *parameters):
         """-> pooled activations (N, C, H', W'); then, without gradient, mean and unbiased variance of the block's
         channels, and for each bottleneck those of its inner channels"""
-        *layers, (gamma, beta) = split_layers(parameters, spec)
+        f, (*layers, (gamma, beta)) = tile_functions(spec.compiled), split_layers(parameters, spec)
         c, k = x.shape[1], layers[0][-1].shape[0]
         xhat = torch.empty((len(x), c + k * len(layers), *x.shape[2:]), dtype=spec.dtype, device=x.device,
                            memory_format=torch.channels_last)
-        statistics = [normalise(tiles(x), spec.eps, out=tiles(xhat[:, :c]))]  # mean, variance, rstd of new channels
+        statistics = [normalise(f, tiles(x), spec.eps, out=tiles(xhat[:, :c]))]  # mean, variance, rstd of new channels
         kept, inner = [], []  # kept is a stack: the backward pass pops from its end
         for layer in layers:
-            h = drop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, kept)
+            h = drop(affine_relu_conv(f, tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, kept)
             if spec.bottleneck:
-                h = [*h]  # xhat is written over it
-                mean2, var2, rstd2 = normalise(h, spec.eps, out=h)
+                h, mean2, var2, rstd2 = batch_statistics(f, h, spec.eps)
                 inner += mean2, var2
                 kept += [mean2] if spec.recompute else h
                 kept.append(rstd2)
-                h = drop(affine_relu_conv(h, *layer[3:]), spec.dropRate, kept)
-            statistics.append(normalise(h, spec.eps, out=tiles(xhat[:, c:c + k])))
+                a = (f.standardise_affine_relu(tile, mean2, rstd2, *layer[3:5]) for tile in h)  # h is xhat then
+                h = drop((conv(tile, layer[5]) for tile in a), spec.dropRate, kept)
+            statistics.append(normalise(f, h, spec.eps, out=tiles(xhat[:, c:c + k])))
             c += k
         mean, var, rstd = map(torch.cat, zip(*statistics, strict=True))
-        out = joined([F.avg_pool2d(affine_relu(hat, gamma, beta), spec.pool) for hat in tiles(xhat)])
+        out = joined([F.avg_pool2d(f.affine_relu(hat, gamma, beta), spec.pool) for hat in tiles(xhat)])
 
         ctx.spec, ctx.nParameters = spec, len(parameters)
         ctx.save_for_backward(*parameters, xhat, rstd, *kept)
@@ -516,52 +549,56 @@ class EfficientBlock(torch.autograd.Function):
 
     @staticmethod
     def gradients(spec, dout, saved, nParameters):
-        *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
+        f, (*layers, (gamma, beta)) = tile_functions(spec.compiled), split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
         m, k, n = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0], len(tiles(xhat))
         nMasks = n if spec.dropRate > 0 else 0  # masks that each dropout has put onto the stack
 
         G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums below: (2, C), of G and of G xhat over N, H and W
-        dout = dout.split(len(tiles(xhat)[0]))
-        sums, grads = affine_relu_backward(partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta, tiles(G),
-                                           is_first=True)
+        dout = dout.tensor_split(n)
+        sums, grads = affine_relu_backward(f, partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta,
+                                           tiles(G), is_first=True)
         for layer in reversed(layers):
             c = len(layer[0])
             new = slice(c, c + k)
-            dh = normalise_backward(tiles(G[:, new]), tiles(xhat[:, new]), rstd[new], sums[:, new], m)
+            dh = normalise_backward(f, tiles(G[:, new]), tiles(xhat[:, new]), rstd[new], sums[:, new], m)
             dh = undrop(dh, spec.dropRate, pop_last(kept, nMasks))
             if spec.bottleneck:
                 rstd2 = kept.pop()
                 if spec.recompute:
                     mean2, masks = kept.pop(), kept[len(kept) - nMasks:]  # not popped: dh needs them, too
-                    h = undrop(affine_relu_conv(tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, masks)
-                    h = [standardise(tile, mean2, rstd2).to(spec.dtype) for tile in h]
+                    h = undrop(affine_relu_conv(f, tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, masks)
+                    h = [f.standardise(tile, mean2, rstd2, tile) for tile in h]
                 else:
                     h = pop_last(kept, n)
                 G2 = [torch.empty_like(tile, dtype=gamma.dtype) for tile in h]
                 sums2, layer_grads = affine_relu_backward(
-                    partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2, is_first=True)
+                    f, partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2, is_first=True)
                 grads = layer_grads + grads
-                dh = normalise_backward(G2, h, rstd2, sums2, m)
+                dh = normalise_backward(f, G2, h, rstd2, sums2, m)
                 dh = undrop(dh, spec.dropRate, pop_last(kept, nMasks))
             layer_sums, layer_grads = affine_relu_backward(
-                partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2], tiles(G[:, :c]), is_first=False)
+                f, partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2], tiles(G[:, :c]),
+                is_first=False)
             sums[:, :c] += layer_sums
             grads = layer_grads + grads
-        dx = joined([*normalise_backward(tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
+        dx = joined([*normalise_backward(f, tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
         return dx, None, *grads
 
 
 def split_layers(parameters, spec):
     """-> (gamma, beta, weight) of each layer, with bottleneck twice; at the end (gamma, beta) of the last norm"""
     size = 6 if spec.bottleneck else 3
+    # detached: torch.compile takes the shape of each nn.Parameter as a constant, and would compile for every layer
+    parameters = [p.detach() if p.dim() == 1 else p.detach().to(spec.dtype) for p in parameters]
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
 
 
 def tiles(x):
     """-> the tensor in tiles of whole images; on a GPU, which gains nothing by tiles, in one"""
     n, _, height, width = x.shape
-    return x.split(max(1, TILE // (height * width)) if x.device.type == "cpu" else n)
+    parts = x.tensor_split(-(-n // max(1, TILE // (height * width))) if x.device.type == "cpu" else 1)
+    return [part.data for part in parts]  # for a view, torch.compile would compile for its base's shape, too
 
 
 def joined(parts):
@@ -575,44 +612,114 @@ def pop_last(stack, n):
     return popped
 
 
-def column(v):
-    """(C,) -> (C, 1, 1), which broadcasts over (N, C, H, W)"""
-    return v.view(-1, 1, 1)
-
-
-# These take a tensor's tiles. Those that yield tiles pass each one on while it is in the cache.
-
-def normalise(x, eps, out):
-    """Writes xhat to ``out``. -> mean, unbiased variance, rstd = 1 / sqrt(biased variance + eps); each (C,)"""
-    parts, sums = [], []
-    for tile in x:  # a generator's tiles come once, so they are collected
-        parts.append(tile)
-        sums.append(tile.sum((0, 2, 3), dtype=torch.promote_types(tile.dtype, torch.float32)))
-    m = sum(tile.numel() // tile.shape[1] for tile in parts)
-    mean = reduce(torch.add, sums) / m
-    squares = reduce(torch.add, ((tile - column(mean)).square_().sum((0, 2, 3)) for tile in parts))
-    rstd = (squares / m + eps).rsqrt()
-    for tile, hat in zip(parts, out, strict=True):
-        standardise(tile, mean, rstd, out=hat)
-    return mean, squares / (m - 1), rstd
-
-
-def standardise(x, mean, rstd, out=None):
-    return torch.addcmul(column(-mean * rstd), x, column(rstd), out=out)
-
-
-def normalise_backward(G, xhat, rstd, sums, m):
-    """Yields dx by EfficientBlock's last formula; ``sums``: of G and of G xhat, over m values per channel."""
-    shift, slope = sums * (rstd / -m)
-    for g, hat in zip(G, xhat, strict=True):
-        yield torch.addcmul(column(shift), g, column(rstd)).addcmul_(hat, column(slope))
-
+# --- element-wise functions of one tile, run as they are or compiled ---
 
 def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def affine_relu_backward(vjp, dout, xhat, gamma, beta, G, is_first):
+def moments(x):
+    """-> the mean and the sum of squared deviations from it, (C,)"""
+    x = rows(x).to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.sum(1).sum(0) / (x.shape[0] * x.shape[1])
+    return mean, (x - mean).square_().sum(1).sum(0)
+
+
+def standardise(x, mean, rstd, out):
+    """Writes xhat to ``out``, which may be x."""
+    return out.copy_(torch.addcmul(column(-mean * rstd), x, column(rstd)))
+
+
+def standardise_affine_relu(x, mean, rstd, gamma, beta):
+    """Replaces x by xhat. -> relu(gamma xhat + beta)"""
+    return affine_relu(standardise(x, mean, rstd, out=x), gamma, beta)
+
+
+def standardise_backward(G, xhat, factors):
+    """-> rstd G + shift + slope xhat; ``factors``: rstd, shift and slope, (3, C)"""
+    rstd, shift, slope = factors
+    return torch.addcmul(column(shift), G, column(rstd)).addcmul_(xhat, column(slope)).to(xhat.dtype)
+
+
+def affine_backward(da, a, xhat, gamma, G, is_first):
+    """Adds gamma da, zero where a is, to G, or writes it there if ``is_first``. May overwrite da. -> dbeta, dgamma"""
+    da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
+    dbeta = da.sum((0, 2, 3))
+    if is_first:
+        torch.mul(da, column(gamma), out=G)
+    else:
+        G.addcmul_(da, column(gamma))
+    return dbeta, da.mul_(xhat).sum((0, 2, 3))
+
+
+def affine_backward_to_compile(da, a, xhat, gamma, G, is_first):
+    """The same in one pass. Run eagerly, it would make a training step take 1.2 to 1.6 times as long."""
+    da = torch.where(a > 0, da, 0).to(gamma.dtype)
+    if is_first:
+        G.copy_(da * column(gamma))
+    else:
+        G.addcmul_(da, column(gamma))
+    return rows(da).sum(1).sum(0), rows(da * xhat).sum(1).sum(0)
+
+
+def column(v):
+    """(C,) -> (C, 1, 1), which broadcasts over (N, C, H, W)"""
+    return v.view(-1, 1, 1)
+
+
+def rows(x):
+    """(N, C, H, W) -> (N, H * W, C). Compiled, a sum over H * W and then N takes a tenth of that over all at once."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@cache
+def tile_functions(compiled):
+    """-> the functions above, by name"""
+    if not compiled:
+        return SimpleNamespace(affine_relu=affine_relu, moments=moments, standardise=standardise,
+                               standardise_affine_relu=standardise_affine_relu,
+                               standardise_backward=standardise_backward, affine_backward=affine_backward)
+    # each dtype and kind of slice is compiled once; after 8 of them, torch's limit, a function would run uncompiled
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    functions = vars(tile_functions(False)) | {"affine_backward": affine_backward_to_compile}
+    return SimpleNamespace(**{name: torch.compile(f, dynamic=True) for name, f in functions.items()})
+
+
+# --- these take all tiles of a tensor; those that yield tiles pass each one on while it is in the cache ---
+
+def batch_statistics(f, x, eps):
+    """-> the tiles of x; their mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps), each (C,)"""
+    parts, counts, means, squares = [], [], [], []
+    for tile in x:
+        mean, square = f.moments(tile)
+        parts.append(tile)
+        counts.append(tile.numel() // tile.shape[1])
+        means.append(mean)
+        squares.append(square)
+    m = sum(counts)
+    if len(parts) > 1:  # a tile's deviations are from its own mean
+        mean = reduce(torch.add, (n / m * value for n, value in zip(counts, means, strict=True)))
+        squares += [n * (value - mean).square() for n, value in zip(counts, means, strict=True)]
+        square = reduce(torch.add, squares)
+    return parts, mean, square / (m - 1), (square / m + eps).rsqrt()
+
+
+def normalise(f, x, eps, out):
+    """Writes xhat to ``out``. -> mean, unbiased variance and rstd, each (C,)"""
+    parts, mean, var, rstd = batch_statistics(f, x, eps)
+    for tile, hat in zip(parts, out, strict=True):
+        f.standardise(tile, mean, rstd, hat)
+    return mean, var, rstd
+
+
+def normalise_backward(f, G, xhat, rstd, sums, m):
+    """Yields dx by EfficientBlock's last formula; ``sums``: of G and of G xhat, over m values per channel."""
+    factors = torch.stack((rstd, *(sums * (rstd / -m))))
+    for g, hat in zip(G, xhat, strict=True):
+        yield f.standardise_backward(g, hat, factors)
+
+
+def affine_relu_backward(f, vjp, dout, xhat, gamma, beta, G, is_first):
     """Backward of a = relu(gamma xhat + beta) and of the function that reads a: ``vjp(dout, a)``, its vector-Jacobian
     product, returns da, and dweight if it has a weight. Adds gamma da to G, or writes it there if ``is_first``.
 
@@ -620,32 +727,26 @@ def affine_relu_backward(vjp, dout, xhat, gamma, beta, G, is_first):
     """
     parts = []
     for d, hat, g in zip(dout, xhat, G, strict=True):
-        a = affine_relu(hat, gamma, beta)
+        a = f.affine_relu(hat, gamma, beta)
         da, *dweight = vjp(d, a)
-        da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
-        dbeta = da.sum((0, 2, 3))
-        if is_first:
-            torch.mul(da, column(gamma), out=g)
-        else:
-            g.addcmul_(da, column(gamma))
-        dgamma = da.mul_(hat).sum((0, 2, 3))
-        parts.append((torch.stack((dbeta, dgamma)), *dweight))
-    both, *dweight = (reduce(torch.add, values) for values in zip(*parts, strict=True))  # both: dbeta, dgamma
-    return gamma * both, [both[1], both[0], *dweight]
+        parts.append((*f.affine_backward(da, a, hat, gamma, g, is_first), *(w.to(gamma.dtype) for w in dweight)))
+    dbeta, dgamma, *dweight = (reduce(torch.add, values) for values in zip(*parts, strict=True))
+    return gamma * torch.stack((dbeta, dgamma)), [dgamma, dbeta, *dweight]
 
 
-def affine_relu_conv(xhat, gamma, beta, weight):
+def affine_relu_conv(f, xhat, gamma, beta, weight):
     """Yields h = W relu(gamma xhat + beta)."""
-    for hat in xhat:
-        yield F.conv2d(affine_relu(hat, gamma, beta), weight.to(hat.dtype), padding=weight.shape[-1] // 2)
+    return (conv(f.affine_relu(hat, gamma, beta), weight) for hat in xhat)
+
+
+def conv(a, weight):
+    return F.conv2d(a, weight, padding=weight.shape[-1] // 2)
 
 
 def conv_backward(weight, dh, a):
     padding = weight.shape[-1] // 2
-    da, dweight, _ = torch.ops.aten.convolution_backward(
-        dh.to(a.dtype), a, weight.to(a.dtype), None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1,
-        (True, True, False))
-    return da, dweight.to(weight.dtype)
+    return torch.ops.aten.convolution_backward(
+        dh, a, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))[:2]
 
 
 def pool_backward(size, dout, a):

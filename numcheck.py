@@ -28,7 +28,7 @@ from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 from lib.cli import Parser, add_network_flags, fail, network_arguments, number
 from lib.faults import WRONG_GRADIENTS, add_inject_flag, injected, target_of
 from lib.files import new_file, replace_file
-from lib.layers import PATHS, check_path, describe, layers_of, settle_kinks
+from lib.layers import COMPILED_PATHS, PATHS, check_path, describe, layers_of, set_path, settle_kinks
 
 STEPS = (1e-6, 1e-5, 1e-7)  # larger steps have more truncation error, smaller steps more rounding error: see --plot
 PLOTTED_STEPS = tuple(10 ** (-i / 2) for i in range(2, 21))
@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "step until rounding error makes it rise")
     parser.add_argument("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
                         help="seed of the weights and images (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the efficient block, as train.py --compile")
     add_inject_flag(parser, WRONG_GRADIENTS)
     add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     return parser
@@ -162,41 +163,43 @@ def module_case(module: nn.Module, fault: str | None, device: str) -> Case:
     return Case(type(module).__name__, lambda: (module(x) * weights).sum(), groups, injected(fault, module))
 
 
-def block_case(layer: type, recompute: bool, fault: str | None, device: str) -> Case:
+def block_case(layer: type, path: str, fault: str | None, device: str) -> Case:
     """The efficient block with the batch norm and pooling that follow it: every element of its input and parameters."""
     block, norm = DenseBlock(layer(3, 2), layer(5, 2)), nn.BatchNorm2d(7)
     _, x = prepare(nn.Sequential(block, norm), torch.randn(2, 3, 4, 4), device)  # changes the modules in place
     weights = torch.randn(2, 7, 2, 2, dtype=x.dtype, device=device)
     groups = [elements("input", x), *(elements(f"layer {name}", p) for name, p in block.named_parameters()),
               *(elements(f"last norm's {name}", p) for name, p in norm.named_parameters())]
-    return Case(f"efficient block of {layer.__name__}{', max' if recompute else ''}",
-                lambda: (densenet.efficient_block(block, norm, x, (2, 2), recompute) * weights).sum(), groups,
+    return Case(f"efficient block of {layer.__name__}{', max' if 'max' in path else ''}",
+                lambda: (densenet.efficient_block(block, norm, x, (2, 2), path) * weights).sum(), groups,
                 injected(fault, block[1], efficient=True))
 
 
-def network_case(args: argparse.Namespace, efficient: bool | str, device: str) -> Case:
+def network_case(args: argparse.Namespace, path: str, device: str) -> Case:
     """A whole network with its loss: random directions for the input and for each layer's parameters."""
-    net, x = prepare(make_net(args, efficient=efficient), torch.randn(4, 3, 8, 8), device)
+    net, x = prepare(make_net(args), torch.randn(4, 3, 8, 8), device)
+    set_path(net, path)
     labels = torch.randint(10, (4,), device=device)
 
     def loss() -> torch.Tensor:
         value = F.nll_loss(net(x), labels)
-        check_path(net, efficient)
+        check_path(net, path)
         return value
 
     groups = [random_directions("input", [x])]
     groups += [random_directions(name, list(module.parameters())) for name, module in layers_of(net)]
-    return Case(f"network, {PATHS[efficient]}", loss, groups, injected(args.inject, target_of(net), bool(efficient)))
+    return Case(f"network, {path}", loss, groups, injected(args.inject, target_of(net), path != PATHS[False]))
 
 
 def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
     torch.manual_seed(args.seed)
     for module in (SingleLayer(4, 2), Bottleneck(4, 2), Transition(4, 3)):
         yield module_case(module, args.inject, device)
-    for layer, recompute in ((SingleLayer, False), (Bottleneck, False), (Bottleneck, True)):
-        yield block_case(layer, recompute, args.inject, device)
-    for efficient in (False, True, "max"):
-        yield network_case(args, efficient, device)
+    paths = COMPILED_PATHS if args.compile else PATHS
+    for layer, path in ((SingleLayer, paths[True]), (Bottleneck, paths[True]), (Bottleneck, paths["max"])):
+        yield block_case(layer, path, args.inject, device)
+    for path in (PATHS[False], paths[True], paths["max"]):
+        yield network_case(args, path, device)
 
 
 def backends() -> Iterator[tuple[str, str, contextlib.AbstractContextManager]]:

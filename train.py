@@ -37,9 +37,8 @@ from lib.distributed import World, broadcast, broadcast_buffers, sum_over_ranks
 from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
 from lib.image_set import normal_form, shorten
-from lib.layers import EFFICIENT_OF_PATH
 from lib.memory import count_parameters
-from lib.network import check_images, check_network, make_net, pretrained_weights
+from lib.network import check_images, check_network, make_net, pretrained_weights, set_path_or_uncompiled
 from lib.plot_process import Plotter
 from lib.run_directory import Run, RunError, is_finished
 from lib.sets import Sets, load_on_every_rank
@@ -261,8 +260,7 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
                            ) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
     """-> both from the checkpoint ``saved``; or new ones, with weights from --seed or torchvision's"""
     torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same for every device
-    net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1],
-                   efficient=EFFICIENT_OF_PATH[state["path"]])
+    net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
     is_resumed = saved is not None and "model" in saved
     if args.pretrained and not is_resumed:
         if world.local_rank == 0:
@@ -274,6 +272,8 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # as the activations: else each step copies the weights
+    with autocast(device, args.precision):
+        state["path"] = set_path_or_uncompiled(net, state["path"])
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
     if args.opt == "sgd":
         settings = dict(momentum=0.9, nesterov=not args.no_nesterov)

@@ -106,16 +106,16 @@ def broken_block(fault: str, layer: nn.Module):
                     reordered[i] = p.roll(1, 0 if p.dim() == 1 else 1)  # gamma, beta: (C,); weight: (outputs, C, h, w)
             return block.apply(x, spec, *reordered)
 
-    def misordered_backward(vjp, dout, xhat, gamma, beta, G, is_first):
+    def misordered_backward(f, vjp, dout, xhat, gamma, beta, G, is_first):
         if gamma.data_ptr() != layer.bn1.weight.data_ptr():
-            return backward(vjp, dout, xhat, gamma, beta, G, is_first)
+            return backward(f, vjp, dout, xhat, gamma, beta, G, is_first)
         from_layer = [torch.empty_like(g) for g in G]
-        sums, grads = backward(vjp, dout, xhat, gamma, beta, from_layer, is_first=True)
+        sums, grads = backward(f, vjp, dout, xhat, gamma, beta, from_layer, is_first=True)
         torch._foreach_add_(G, [g.roll(1, 1) for g in from_layer])  # G already holds the gradient from later layers
         return sums.roll(1, 1), grads
 
-    def without_mean(G, xhat, rstd, sums, m):
-        return normalise_backward(G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
+    def without_mean(f, G, xhat, rstd, sums, m):
+        return normalise_backward(f, G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
 
     def update_twice(norms, means, variances):
         update(norms, means, variances)

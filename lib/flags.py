@@ -56,6 +56,11 @@ def get_args_parser(description: str = "") -> Parser:
                             "less memory again, a little slower; no: by the textbook layers; auto: the fastest way "
                             "that fits into memory (default: %(default)s)")
 
+    group.add_argument("--compile", action="store_true",
+                       help="run the efficient block's functions compiled by torch.compile: faster, after 10 to 30 s "
+                            "at the start. Needs a C++ compiler on a CPU. --efficient auto does it by itself for long "
+                            "runs on CPUs with AVX-512")
+
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
                        help="images per training step, summed over all processes (default: %(default)s)")
@@ -118,6 +123,9 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
         raise ValueError(f"--imageSize {args.imageSize}: --dataset {args.dataset} has its own size; valid with folder")
     if args.dataset != "svhn" and args.extra:
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
+    if args.compile and (args.efficient == "no" or args.syncBN):
+        raise ValueError(f"--compile is for the efficient block, and {'--syncBN' if args.syncBN else '--efficient no'} "
+                         "trains by the textbook layers; give one of them")
     if args.no_nesterov and args.opt != "sgd":
         raise ValueError(f"--no-nesterov with --opt {args.opt}; valid only with sgd")
     if "border" in explicit and (args.no_augment or args.dataset == "svhn"):

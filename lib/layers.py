@@ -1,5 +1,7 @@
 """A network's layers in order, the path its dense blocks took, its backward graph, and inputs of ReLU near zero."""
 
+import warnings
+
 import torch
 import torch.nn as nn
 from torch.autograd.graph import Node
@@ -7,7 +9,8 @@ from torch.autograd.graph import Node
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
 
 PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> DenseBlock.last_path
-EFFICIENT_OF_PATH = {path: efficient for efficient, path in PATHS.items()}
+COMPILED_PATHS = {True: "compiled efficient", "max": "compiled max"}  # the same after DenseNet.compile_block
+EFFICIENT_OF_PATH = {path: efficient for paths in (PATHS, COMPILED_PATHS) for efficient, path in paths.items()}
 SHIFT = 0.05  # in standard deviations: the most that settle_kinks moves an output of batch norm
 
 
@@ -22,15 +25,26 @@ def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
     return {name: module for name, module in net.named_children() if isinstance(module, kind)}
 
 
-def check_path(net: DenseNet, path: bool | str) -> None:
-    """Raises RuntimeError if a dense block did not take ``path`` (a key of PATHS) in the last forward pass.
+def set_path(net: DenseNet, path: str) -> None:
+    """Makes the network's dense blocks take ``path``. Raises RuntimeError, with the reason, if they cannot be compiled;
+    then they take the same path uncompiled. As for ``DenseNet.compile_block``, device and autocast matter."""
+    net.efficient, net.is_compiled = EFFICIENT_OF_PATH[path], False
+    if path in COMPILED_PATHS.values():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not net.compile_block():
+                raise RuntimeError(caught[-1].message)
+
+
+def check_path(net: DenseNet, path: str) -> None:
+    """Raises RuntimeError if a dense block did not take ``path`` in the last forward pass.
 
     Without this, a check of the efficient block could pass although only the textbook's layers ran.
     """
     for name, block in parts_of(net, DenseBlock).items():
-        if block.last_path != PATHS[path]:
-            raise RuntimeError(f"{name} took the {block.last_path} path instead of the {PATHS[path]} path, so the "
-                               "check says nothing")
+        if block.last_path != path:
+            raise RuntimeError(f"{name} took the {block.last_path} path instead of the {path} path, so the check says "
+                               "nothing")
 
 
 def describe(net: DenseNet) -> str:

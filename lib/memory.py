@@ -14,13 +14,15 @@ import torch
 
 from densenet import DenseNet
 from lib.cli import EFFICIENT
+from lib.layers import COMPILED_PATHS, PATHS
 
+WORTH_COMPILING = 5000  # steps; compiling takes as long as some tens of steps
 USABLE_SHARE = 0.8  # of the memory; the rest is for what is not counted: libraries' workspaces and fragmentation
 STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # that the optimizer keeps for each parameter, of its size
 
 
 class Choice(NamedTuple):
-    efficient: bool | str  # DenseNet's argument
+    path: str  # of layers.EFFICIENT_OF_PATH
     reason: str  # why, in a few words
 
 
@@ -65,29 +67,37 @@ def step_bytes(net: DenseNet, args: argparse.Namespace, size: int, data_bytes: i
 
 
 def choose_path(args: argparse.Namespace, net: DenseNet, size: int, data_bytes: int, batch_size: int,
-                device: torch.device, sharing: int = 1) -> Choice:
-    """The fastest path of the dense block that fits.
+                device: torch.device, steps: int, sharing: int = 1) -> Choice:
+    """The fastest path of the dense block that fits. Raises ValueError if --compile is of no use on the device.
 
     Args:
         size: height and width of an image in pixels
         data_bytes: size of the data set, which is held on the device
         batch_size: images per rank
+        steps: training steps of the whole run
         sharing: ranks that share the device's memory
     """
     if args.syncBN:
-        return Choice(False, "--syncBN needs the textbook layers")
+        return Choice(PATHS[False], "--syncBN needs the textbook layers")
     if device.type not in ("cpu", "cuda"):
-        return Choice(False, f"the efficient block does not run on {device.type}")
+        if args.compile:
+            raise ValueError(f"--compile: the efficient block does not run on {device.type}; leave it out")
+        return Choice(PATHS[False], f"the efficient block does not run on {device.type}")
+    paths = COMPILED_PATHS if args.compile else PATHS
     if args.efficient != "auto":
-        return Choice(EFFICIENT[args.efficient], f"--efficient {args.efficient}")
+        return Choice(paths[EFFICIENT[args.efficient]], f"--efficient {args.efficient}")
+    if args.compile:
+        return Choice(paths[True], "--compile")
+    if device.type == "cpu" and steps >= WORTH_COMPILING and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return Choice(COMPILED_PATHS[True], f"the fastest on this CPU from {WORTH_COMPILING:,} steps on")
     if device.type == "cpu" and args.precision != "bf16":
-        return Choice(True, "the fastest on a CPU in float32")
+        return Choice(PATHS[True], "the fastest on a CPU in float32")
     needed = sharing * step_bytes(net, args, size, data_bytes, batch_size, device.type == "cuda")
     available = total_memory(device)
     figures = f"{needed / 1e9:.1f} of {available / 1e9:.1f} GB"
     if needed <= USABLE_SHARE * available:
-        return Choice(False, f"a step of the textbook layers fits, with {figures}")
-    return Choice(True, f"a step of the textbook layers does not fit, with {figures}")
+        return Choice(PATHS[False], f"a step of the textbook layers fits, with {figures}")
+    return Choice(PATHS[True], f"a step of the textbook layers does not fit, with {figures}")
 
 
 def total_memory(device: torch.device) -> int:

@@ -11,7 +11,8 @@ import torchvision
 
 import densenet
 from lib import data
-from lib.cli import network_arguments
+from lib.cli import network_arguments, warn
+from lib.layers import PATHS, set_path
 from lib.memory import count_parameters, total_memory
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
@@ -23,6 +24,16 @@ def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
         return getattr(densenet, args.arch)(dropRate=args.dropRate, **arguments)
     return densenet.DenseNet(**network_arguments(args), dropRate=args.dropRate, initChannels=args.initChannels,
                              **arguments)
+
+
+def set_path_or_uncompiled(net: densenet.DenseNet, path: str) -> str:
+    """``layers.set_path``, but with a warning if the blocks cannot be compiled. -> the path that they take"""
+    try:
+        set_path(net, path)
+    except RuntimeError as error:
+        warn(str(error))
+        return PATHS[net.efficient]
+    return path
 
 
 def check_network(args: argparse.Namespace, device: torch.device, nRanks: int) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition, torchvision_name
 from lib.faults import injected, target_of
-from lib.layers import check_path, layers_of, operations, parts_of
+from lib.layers import check_path, layers_of, operations, parts_of, set_path
 from lib.torchvision_net import torchvision_net
 
 
@@ -17,13 +17,13 @@ class Side(NamedTuple):
     """One way to compute the network."""
     name: str
     torchvision: bool = False
-    path: bool | str = False  # DenseNet's argument efficient
+    path: str = "textbook"  # of our dense blocks, see layers.PATHS and layers.COMPILED_PATHS
     dtype: torch.dtype = torch.float32
     autocast: bool = False  # to bfloat16
     device: str = "cpu"
     cudnn: bool = True
     memory_format: torch.memory_format = torch.contiguous_format
-    compiled: bool = False
+    compiled: bool = False  # the whole network, by torch.compile
 
 
 class Record(dict):
@@ -43,21 +43,21 @@ def record(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor
 
     Raises RuntimeError if a dense block did not take side.path.
     """
-    result, model = Record(), build_model(side, net)
+    result, model, in_blocks = Record(), build_model(side, net), side.path != "textbook"
     images = images.to(side.device, side.dtype, memory_format=side.memory_format).detach().requires_grad_()
-    if not side.path and not side.compiled:
+    if not in_blocks and not side.compiled:
         record_layer_outputs(model, net, side, result)
     forward = torch.compile(model) if side.compiled else model
     target = target_of(model) if fault else None
     with (torch.backends.cudnn.flags(enabled=side.cudnn, allow_tf32=False),  # TF32 would exceed the limits
-          injected(fault, target, bool(side.path))):
+          injected(fault, target, in_blocks)):
         with torch.autocast(side.device, torch.bfloat16, enabled=side.autocast):
             output = forward(images)
             output = F.log_softmax(output, 1) if side.torchvision else output
             loss = F.nll_loss(output, labels.to(side.device))
         if not side.torchvision and not side.compiled:
             check_path(model, side.path)
-        if side.path:
+        if in_blocks:
             record_states_in_blocks(model, output, result)
         loss.backward()
     result.put("state", "output", output)
@@ -70,10 +70,12 @@ def record(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor
 def build_model(side: Side, net: DenseNet) -> nn.Module:
     """-> a network for this side with the weights of ``net``, in training mode, with running statistics of zero"""
     model = torchvision_net(net) if side.torchvision else copy.deepcopy(net)
-    model.efficient = side.path
     for buffer in model.buffers():
         buffer.zero_()  # after the pass they are momentum times the batch statistics
-    return model.train().to(side.device, side.dtype).to(memory_format=side.memory_format)
+    model = model.train().to(side.device, side.dtype).to(memory_format=side.memory_format)
+    if not side.torchvision:
+        set_path(model, side.path)
+    return model
 
 
 def record_layer_outputs(model: nn.Module, net: DenseNet, side: Side, result: Record) -> None:

@@ -18,6 +18,7 @@ import torch
 from densenet import ForeignFile, read_checkpoint
 from lib.cli import warn
 from lib.files import UNSUPPORTED, copy_file, filename_in_errors, replacing, sync_directory
+from lib.layers import EFFICIENT_OF_PATH
 
 try:
     import fcntl
@@ -331,7 +332,7 @@ def is_complete(checkpoint: dict[str, Any]) -> bool:
             and all(result is None or has_entries(result, {"error": (int, float)}) for result in results)
             and (checkpoint["best"] is None or type(checkpoint["best"].get("epoch")) is int)
             and (checkpoint["best"] is not None or checkpoint["epoch"] == 0)
-            and checkpoint.get("path", "textbook") in ("textbook", "efficient", "max"))
+            and checkpoint.get("path", "textbook") in EFFICIENT_OF_PATH)
 
 
 def epoch_of(checkpoint: dict[str, Any]) -> int:

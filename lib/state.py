@@ -1,6 +1,7 @@
 """The state that a checkpoint holds besides weights and optimizer: of a new run, and of a resumed one."""
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ import densenet
 from lib.device import environment
 from lib.distributed import World, broadcast
 from lib.flags import NOT_SAVED
-from lib.layers import PATHS
 from lib.memory import choose_path
 from lib.network import make_net
 from lib.sets import Sets, set_sizes
@@ -22,13 +22,14 @@ def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, wo
     """-> the state before the first epoch, with the path of the dense block that fits into memory"""
     with torch.device("meta"):  # shapes without memory
         net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
-    path = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device,
+    choice = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device,
+                       steps=args.nEpochs * math.ceil(len(sets.train.images) / args.batchSz),
                        sharing=world.local_size if device.type == "cpu" else 1)
-    path = broadcast(path, world)  # another rank's memory may differ
+    choice = broadcast(choice, world)  # another rank's memory may differ
     return {"format": 1, "version": densenet.__version__,
             "flags": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
             "scheduleEpochs": args.nEpochs, "environment": environment(device, args.precision, world),
-            "path": PATHS[path.efficient], "pathReason": path.reason,
+            "path": choice.path, "pathReason": choice.reason,
             "mean": sets.mean, "std": sets.std, "classes": sets.train.classes, **set_sizes(sets),
             "digests": sets.digests, "epoch": 0, "val": None, "test": None, "best": None, "csvLengths": {}}
 

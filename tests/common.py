@@ -130,6 +130,11 @@ def refused(main: Callable, capture, *args: object) -> str:
     return one_line(err, f"{main.__module__}.py: error: ")
 
 
+def about(run: Path) -> dict[str, Any]:
+    """-> run.json's content"""
+    return json.loads((run / "run.json").read_text())
+
+
 def rows(path: Path) -> list[tuple[float, ...]]:
     """The rows of train.csv, val.csv or test.csv, without the header."""
     with open(path, newline="") as file:

@@ -4,11 +4,10 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, in whichever test that is
 
-import json
 
 import pytest
 import torch
-from common import SMALL, differences, stopped_at
+from common import SMALL, about, differences, stopped_at
 
 import train
 from densenet import DenseNet
@@ -42,10 +41,6 @@ def run(sample, tmp_path, capsys):
         assert capsys.readouterr().err == ""  # no warning, such as of a graph that was not possible
         return tmp_path / name
     return run
-
-
-def about(directory):
-    return json.loads((directory / "run.json").read_text())
 
 
 def keep_eager(monkeypatch):

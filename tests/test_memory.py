@@ -1,10 +1,9 @@
 """Which path of the dense block a run takes: what the textbook layers keep, what fits, and what the run says of it."""
 
-import json
 
 import pytest
 import torch
-from common import SMALL
+from common import SMALL, about
 
 import train
 from densenet import DenseNet
@@ -65,28 +64,45 @@ def test_a_step_is_what_is_kept_weights_gradients_optimizer_and_images():
 
 
 @pytest.mark.parametrize(("flags", "device", "gigabytes", "path", "reason"), [
-    ("", "cuda", 80, False, "fits, with 2.2 of 80.0 GB"),
-    ("", "cuda", 2.7, True, "does not fit, with 2.2 of 2.7 GB"),  # 2.2 is more than 80% of it
-    ("", "cuda", 2.9, False, "fits"),
-    ("--precision bf16", "cuda", 1.5, False, "fits, with 1.1 of 1.5 GB"),
-    ("--batchSz 4096", "cuda", 80, True, "does not fit"),
-    ("", "cpu", 1000, True, "fastest on a CPU in float32"),
-    ("--precision bf16", "cpu", 16, False, "fits"),
-    ("--precision bf16", "cpu", 1, True, "does not fit"),
-    ("", "mps", 16, False, "does not run on mps"),
-    ("--efficient max", "mps", 16, False, "does not run on mps"),
-    ("--syncBN", "cuda", 80, False, "--syncBN"),
-    ("--syncBN --efficient yes", "cpu", 16, False, "--syncBN"),
-    ("--efficient yes", "cuda", 80, True, "--efficient yes"),
-    ("--efficient no", "cpu", 0.1, False, "--efficient no"),
+    ("", "cuda", 80, "textbook", "fits, with 2.2 of 80.0 GB"),
+    ("", "cuda", 2.7, "efficient", "does not fit, with 2.2 of 2.7 GB"),  # 2.2 is more than 80% of it
+    ("", "cuda", 2.9, "textbook", "fits"),
+    ("--precision bf16", "cuda", 1.5, "textbook", "fits, with 1.1 of 1.5 GB"),
+    ("--batchSz 4096", "cuda", 80, "efficient", "does not fit"),
+    ("", "cpu", 1000, "efficient", "fastest on a CPU in float32"),
+    ("--precision bf16", "cpu", 16, "textbook", "fits"),
+    ("--precision bf16", "cpu", 1, "efficient", "does not fit"),
+    ("", "mps", 16, "textbook", "does not run on mps"),
+    ("--efficient max", "mps", 16, "textbook", "does not run on mps"),
+    ("--syncBN", "cuda", 80, "textbook", "--syncBN"),
+    ("--syncBN --efficient yes", "cpu", 16, "textbook", "--syncBN"),
+    ("--efficient yes", "cuda", 80, "efficient", "--efficient yes"),
+    ("--efficient no", "cpu", 0.1, "textbook", "--efficient no"),
     ("--efficient max", "cuda", 80, "max", "--efficient max")])
 def test_auto_takes_the_fastest_path_that_fits(flags, device, gigabytes, path, reason, monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: int(gigabytes * GB))
     args, _ = train.parse_args(flags.split())
     with torch.device("meta"):
         net = DenseNet()
-    choice = choose_path(args, net, 32, data_bytes=0, batch_size=args.batchSz, device=torch.device(device))
-    assert choice.efficient == path and reason in choice.reason
+    choice = choose_path(args, net, 32, data_bytes=0, batch_size=args.batchSz, device=torch.device(device), steps=4999)
+    assert choice.path == path and reason in choice.reason
+
+
+@pytest.mark.parametrize(("flags", "device", "cpu", "steps", "path"), [
+    ("", "cpu", "AVX512", 5000, "compiled efficient"),
+    ("--precision bf16", "cpu", "AVX512", 5000, "compiled efficient"),
+    ("", "cpu", "AVX512", 4999, "efficient"), ("", "cpu", "AVX2", 10**6, "efficient"),
+    ("--efficient yes", "cpu", "AVX512", 10**6, "efficient"), ("", "cuda", "AVX512", 10**6, "textbook"),
+    ("--compile", "cpu", "AVX2", 1, "compiled efficient"), ("--compile", "cuda", "AVX2", 1, "compiled efficient"),
+    ("--compile --efficient max", "cpu", "AVX2", 1, "compiled max")])
+def test_long_runs_on_some_cpus_and_those_with_compile_take_the_compiled_block(flags, device, cpu, steps, path,
+                                                                               monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 80 * GB)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    args, _ = train.parse_args(flags.split())
+    with torch.device("meta"):
+        net = DenseNet()
+    assert choose_path(args, net, 32, 0, 64, torch.device(device), steps).path == path
 
 
 def test_ranks_that_share_a_machine_share_its_memory(monkeypatch):
@@ -94,8 +110,8 @@ def test_ranks_that_share_a_machine_share_its_memory(monkeypatch):
     args, _ = train.parse_args(["--precision", "bf16"])
     with torch.device("meta"):
         net = DenseNet()
-    choices = [choose_path(args, net, 32, 0, 64, torch.device("cpu"), sharing=ranks).efficient for ranks in (1, 2, 4)]
-    assert choices == [False, False, True]
+    choices = [choose_path(args, net, 32, 0, 64, torch.device("cpu"), 1, sharing=ranks).path for ranks in (1, 2, 4)]
+    assert choices == ["textbook", "textbook", "efficient"]
 
 
 # --- a container's limit ----------------------------------------------------------------------------------------
@@ -129,10 +145,6 @@ def test_a_container_limits_the_memory_and_no_cgroups_are_no_error(tmp_path, mon
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------
-
-def about(run):
-    return json.loads((run / "run.json").read_text())
-
 
 @pytest.fixture
 def argv(images, tmp_path):
