@@ -622,7 +622,7 @@ def moments(x):
     """-> the mean and the sum of squared deviations from it, (C,)"""
     x = rows(x).to(torch.promote_types(x.dtype, torch.float32))
     mean = x.sum(1).sum(0) / (x.shape[0] * x.shape[1])
-    return mean, (x - mean).square_().sum(1).sum(0)
+    return mean, (x - mean).pow_(2).sum(1).sum(0)
 
 
 def standardise(x, mean, rstd, out):

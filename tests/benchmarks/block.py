@@ -8,7 +8,8 @@
     tests/benchmarks/block.py --imagenet               DenseNet-121, 161 and 201 at 224 pixels: bytes kept, and time
 
 Each implementation has its own process. They take turns, one step each, so that a change in the machine's speed affects
-all of them. "first s" is the first step of the process, in which libraries load their code. On a CPU without bfloat16
+all of them. "first s" is the first step of the process, in which libraries load their code; for the compiled block it
+includes the compilation (less with TORCHINDUCTOR_CACHE_DIR's files, by default in /tmp). On a CPU without bfloat16
 instructions (avx512_bf16, amx_bf16 in /proc/cpuinfo) the times of --bf16 have no meaning.
 """
 
@@ -36,6 +37,8 @@ IMPLEMENTATIONS = {  # name: (library, option, memory format)
     "torchvision channels_last": ("torchvision", False, "channels_last"),
     "ours efficient": ("ours", True, "channels_last"),
     "ours max": ("ours", "max", "channels_last"),
+    "ours compiled": ("ours", True, "channels_last"),
+    "ours compiled max": ("ours", "max", "channels_last"),
     "torchvision memory_efficient channels_last": ("torchvision", True, "channels_last"),
     "timm": ("timm", False, "nchw"),
     "timm memory_efficient": ("timm", True, "nchw"),
@@ -43,7 +46,7 @@ IMPLEMENTATIONS = {  # name: (library, option, memory format)
     "ours textbook channels_last": ("ours", False, "channels_last"),
 }
 # the implementations of a group take turns; all at once would need over 20 GB
-GROUPS = (list(IMPLEMENTATIONS)[:5], ["torchvision", *list(IMPLEMENTATIONS)[5:]])
+GROUPS = (list(IMPLEMENTATIONS)[:7], ["torchvision", *list(IMPLEMENTATIONS)[7:]])
 REFERENCES = ("torchvision", "torchvision memory_efficient", "torchvision channels_last")
 # network: batch size; published MB of activations without and with optimal checkpoints; their extra time in percent
 # (Feng and Huang, "Optimal Gradient Checkpoint Search", CVPR 2021, arXiv 1808.00079)
@@ -97,6 +100,9 @@ def worker(pipe, name: str, args) -> None:
         return F.nll_loss(out, labels[:n]) if library == "ours" else F.cross_entropy(out.float(), labels[:n])
 
     start = time.perf_counter()
+    if "ours compiled" in name:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            net.compile_block()
     loss_of().backward()  # includes loading of the libraries' code and allocation of the gradients
     first = time.perf_counter() - start
     pipe.send(kept_bytes(net, loss_of) | {"first": first, "peak": peak_bytes(args.device, lambda: loss_of().backward()),
@@ -194,7 +200,7 @@ def draw(results: dict[str, dict], path: str) -> None:
 
     figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, r in results.items():
-        is_block = name in ("ours efficient", "ours max")
+        is_block = name in ("ours efficient", "ours max", "ours compiled", "ours compiled max")
         ax.plot(r["median"], r["kept"] / MIB, "o" if is_block else "s", color="#0072B2" if is_block else "#777777")
         ax.annotate(name, (r["median"], r["kept"] / MIB), xytext=(7, 4), textcoords="offset points", fontsize=8)
     ax.set(xlabel="seconds a training step", ylabel="MiB kept for backward", xlim=(0, None), ylim=(0, None))
@@ -236,7 +242,7 @@ def imagenet(args) -> dict[str, dict]:
         table[args.network] = {"kept": counted}
         if args.steps:
             names = ["torchvision", "torchvision channels_last", "ours textbook channels_last", "ours efficient",
-                     "ours max"]
+                     "ours max", "ours compiled", "ours compiled max"]
             table[args.network]["steps"] = measure(args.only or names, args)
             print_table(table[args.network]["steps"], args.batchSz)
     return table

@@ -62,6 +62,7 @@ class Implementation(NamedTuple):
     library: str
     option: bool | str  # memory_efficient or efficient
     graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: GraphedStep
+    compiled: bool = False  # ours: DenseNet.compile_block
 
 
 IMPLEMENTATIONS = {
@@ -74,13 +75,14 @@ IMPLEMENTATIONS = {
     "ours max": Implementation("ours", "max"),
     "ours plain graph": Implementation("ours", False, graph=True),
     "ours efficient graph": Implementation("ours", True, graph=True),
+    "ours compiled graph": Implementation("ours", True, graph=True, compiled=True),
 }
 
 
 # --- steps ------------------------------------------------------------------------------------------------------
 
 def build(implementation: Implementation, size: Size) -> nn.Module:
-    library, option, _ = implementation
+    library, option, *_ = implementation
     if size.smallInputs:
         return block.build(library, option, 6 * size.layers[0] + 4, size.growthRate)
     if library == "ours":
@@ -114,6 +116,9 @@ def make_step(implementation: Implementation, size: Size, precision: str,
         images = images.contiguous(memory_format=torch.channels_last)
         if device.type == "cuda":
             net.to(memory_format=torch.channels_last)
+        if implementation.compiled:
+            with train.autocast(device, precision):
+                net.compile_block()
         step = functools.partial(train.train_step, net, optimizer, precision)
         if implementation.graph:
             step = GraphedStep(step, net, optimizer, size.batchSz)
