@@ -218,11 +218,11 @@ class DenseNet(nn.Module):
     def compile_block(self) -> bool:
         """Compiles the efficient block's element-wise functions with torch.compile, once for all layers and sizes.
 
-        Training takes less time then, and computes the same up to rounding. The first call in a process takes 10 to 30
+        Training takes less time then, and computes the same up to rounding. The first call in a process takes 7 to 35
         seconds. Call it on the device, and under the autocast, of the training.
 
-        -> whether it worked. Otherwise, for example without a C++ compiler on a CPU, it warns, and the block runs as
-        before.
+        -> whether it worked. Otherwise, for example without a C++ compiler on a CPU, it warns, and the block runs
+        uncompiled. Raises ValueError for a network with ``efficient=False``.
         """
         if not self.efficient:
             raise ValueError("efficient is False; valid for compile_block are True and 'max'")
@@ -476,7 +476,7 @@ class BlockSpec(NamedTuple):
     dropRate: float
     pool: tuple[int, int]
     recompute: bool  # the backward pass repeats the bottleneck's 1x1 convolution: its output is not kept
-    compiled: bool  # the functions of tiles are
+    compiled: bool  # by DenseNet.compile_block
     dtype: torch.dtype  # of activations; statistics and gradients of parameters have the parameters' dtype
 
 
@@ -505,7 +505,8 @@ class EfficientBlock(torch.autograd.Function):
     depth without recomputed convolutions, and correct running statistics.
 
     Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. Each layer is
-    computed in tiles of a few images, so that intermediate results stay in a CPU's cache.
+    computed in tiles of a few images, so that intermediate results stay in a CPU's cache. Between the convolutions run
+    the element-wise functions of a tile, further below, as they are or compiled.
     """
 
     @staticmethod
@@ -642,7 +643,10 @@ def standardise_backward(G, xhat, factors):
 
 
 def affine_backward(da, a, xhat, gamma, G, is_first):
-    """Adds gamma da, zero where a is, to G, or writes it there if ``is_first``. May overwrite da. -> dbeta, dgamma"""
+    """Adds gamma da to G, or writes it there if ``is_first``; da counts as zero where a is. Overwrites da.
+
+    -> dbeta, dgamma, (C,)
+    """
     da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
     dbeta = da.sum((0, 2, 3))
     if is_first:
@@ -653,8 +657,8 @@ def affine_backward(da, a, xhat, gamma, G, is_first):
 
 
 def affine_backward_to_compile(da, a, xhat, gamma, G, is_first):
-    """The same in one pass. Run eagerly, it would make a training step take 1.2 to 1.6 times as long."""
-    da = torch.where(a > 0, da, 0).to(gamma.dtype)
+    """The same in one pass when compiled; uncompiled, it would make a training step 1.2 to 1.6 times as long."""
+    da = torch.where(a <= 0, 0, da).to(gamma.dtype)
     if is_first:
         G.copy_(da * column(gamma))
     else:
@@ -675,14 +679,14 @@ def rows(x):
 @cache
 def tile_functions(compiled):
     """-> the functions above, by name"""
-    if not compiled:
-        return SimpleNamespace(affine_relu=affine_relu, moments=moments, standardise=standardise,
-                               standardise_affine_relu=standardise_affine_relu,
-                               standardise_backward=standardise_backward, affine_backward=affine_backward)
-    # each dtype and kind of slice is compiled once; after 8 of them, torch's limit, a function would run uncompiled
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    functions = vars(tile_functions(False)) | {"affine_backward": affine_backward_to_compile}
-    return SimpleNamespace(**{name: torch.compile(f, dynamic=True) for name, f in functions.items()})
+    functions = {f.__name__: f for f in (affine_relu, moments, standardise, standardise_affine_relu,
+                                         standardise_backward, affine_backward)}
+    if compiled:
+        functions["affine_backward"] = affine_backward_to_compile
+        functions = {name: torch.compile(f, dynamic=True) for name, f in functions.items()}
+        # a function is compiled for each dtype and kind of slice; beyond torch's limit of 8 it would run uncompiled
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return SimpleNamespace(**functions)
 
 
 # --- these take all tiles of a tensor; those that yield tiles pass each one on while it is in the cache ---
