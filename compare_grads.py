@@ -11,7 +11,6 @@ import csv
 import io
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from lib.cli import EFFICIENT, NETWORK_FLAGS, Parser, add_network_flags, fail, f
 from lib.faults import FAULTS, add_inject_flag
 from lib.files import new_file, replace_file
 from lib.layers import COMPILED_PATHS, PATHS, describe, layers_of, settle_kinks
+from lib.memory import has_cxx_compiler
 from lib.recording import Record, Side, record
 from lib.torchvision_net import check_torchvision_has
 
@@ -133,9 +133,8 @@ def missing(against: str, compiles: bool) -> str | None:
         return "this machine has no GPU that PyTorch can use"
     if against == "cudnn-off" and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
-    compiler = os.environ.get("CXX", "g++")
-    if compiles and not shutil.which(compiler):
-        return f"there is no C++ compiler {compiler}"
+    if compiles and not has_cxx_compiler():
+        return f"there is no C++ compiler {os.environ.get('CXX', 'g++')}"
     return None
 
 

@@ -127,7 +127,7 @@ class DenseNet(nn.Module):
         ValueError: for impossible geometry, with the nearest valid values.
     """
 
-    is_compiled = False  # see compile_block
+    block_is_compiled = False  # see compile_block
 
     def __init__(self, growthRate: int = 12, depth: int | None = None, reduction: float = 0.5, nClasses: int = 10,
                  bottleneck: bool = True, *, blockConfig: Sequence[int] | None = None, smallInputs: bool = True,
@@ -203,41 +203,53 @@ class DenseNet(nn.Module):
         return F.avg_pool2d(dropout(x, trans.dropRate, True), 2) if trans.dropRate > 0 else x
 
     def _efficient_path(self, block: nn.Module, after: list[nn.Module], x: torch.Tensor) -> str | None:
-        """-> a name of ``DenseBlock.last_path``, None for the textbook layers; sets ``block.last_path``"""
+        """-> the path's name as in ``DenseBlock.last_path``, or None for the textbook layers; sets ``last_path``"""
         if torch.compiler.is_compiling():
             return None
         path = {True: "efficient", "max": "max", False: None}[self.efficient]
         if path and not can_be_efficient(block, after, x):
             path = None
-        if path and self.is_compiled:
+        if path and self.block_is_compiled:
             path = f"compiled {path}"
         if isinstance(block, DenseBlock):
             block.last_path = path or "textbook"
         return path
 
     def compile_block(self) -> bool:
-        """Compiles the efficient block's element-wise functions with torch.compile, once for all layers and sizes.
+        """Compiles the efficient block's element-wise functions with torch.compile, once for all layers.
 
-        Training takes less time then, and computes the same up to rounding. The first call in a process takes 7 to 35
-        seconds. Call it on the device, and under the autocast, of the training.
+        A training step takes less time then, and computes the same up to rounding. Move the network to its device and
+        dtype first, and call this under the autocast of the training. The first call in a process takes 10 to 35
+        seconds, or 7 to 11 if torch's cache on disk has the functions. They are compiled again for tiles of one image
+        and 1x1 feature maps, and in another process that loads a pickle of the network.
 
-        -> whether it worked. Otherwise, for example without a C++ compiler on a CPU, it warns, and the block runs
-        uncompiled. Raises ValueError for a network with ``efficient=False``.
+        Returns:
+            Whether it worked. Otherwise, for example without a C++ compiler on a CPU, it warns, and the block runs
+            uncompiled.
+
+        Raises:
+            ValueError: for a network with ``efficient=False``.
         """
         if not self.efficient:
             raise ValueError("efficient is False; valid for compile_block are True and 'max'")
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():  # a step of a small network compiles everything
             net = DenseNet(5, blockConfig=(2, 2), bottleneck=self.arguments["bottleneck"], efficient=self.efficient)
-            images = torch.randn(7, 3, 16, 16)
-            net.is_compiled = True
+            images = torch.randn(7, 3, 16, 12).to(self.bn1.weight)
+            net.to(self.bn1.weight).block_is_compiled = True
             try:
-                net.to(self.fc.weight)(images.to(self.fc.weight)).sum().backward()
-            except Exception as error:  # the compilers', the linker's, that of a cache that cannot be written
+                if torch._dynamo.config.disable:
+                    raise RuntimeError("it is disabled by an environment variable of torch")
+                net(images).sum().backward()
+                if not net.dense1.last_path.startswith("compiled"):
+                    raise RuntimeError(f"on {images.device.type}, in {images.dtype}, the textbook layers run")
+            except Exception as error:  # no compiler, a failed link, a cache that cannot be written
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+                    raise
                 reason = " ".join(str(error).split())[:160]
                 warnings.warn(f"the efficient block runs without torch.compile, which failed: {reason}", stacklevel=2)
-                net.is_compiled = False
-        self.is_compiled = net.is_compiled
-        return self.is_compiled
+                net.block_is_compiled = False
+        self.block_is_compiled = net.block_is_compiled
+        return self.block_is_compiled
 
     def _check_input(self, x: torch.Tensor) -> None:
         stem = self.conv1
@@ -448,9 +460,10 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
         parameters += layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
         if bottleneck:
             parameters += layer.bn2.weight, layer.bn2.bias, layer.conv2.weight
-    spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, "max" in path, "compiled" in path,
+    spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, path.endswith("max"), path.startswith("compiled"),
                      activation_dtype(x, norm.weight))
-    with torch.autocast(x.device.type, enabled=False):  # the block casts by itself
+    # the block casts by itself; cache_enabled as in the backward pass: torch.compile compiles for this state, too
+    with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
         out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
     outer = [*(layer.bn1 for layer in block), norm]
     update_running_statistics(outer, [mean] * len(outer), [var] * len(outer))
@@ -526,7 +539,7 @@ class EfficientBlock(torch.autograd.Function):
                 inner += mean2, var2
                 kept += [mean2] if spec.recompute else h
                 kept.append(rstd2)
-                a = (f.standardise_affine_relu(tile, mean2, rstd2, *layer[3:5]) for tile in h)  # h is xhat then
+                a = (f.standardise_affine_relu(tile, mean2, rstd2, *layer[3:5]) for tile in h)  # overwrites h with xhat
                 h = drop((conv(tile, layer[5]) for tile in a), spec.dropRate, kept)
             statistics.append(normalise(f, h, spec.eps, out=tiles(xhat[:, c:c + k])))
             c += k
@@ -545,7 +558,7 @@ class EfficientBlock(torch.autograd.Function):
             raise RuntimeError("the efficient dense block can be differentiated only once, and for one gradient at a "
                                "time; for second derivatives (create_graph=True) and batched ones (is_grads_batched, "
                                "vectorize) build the network with efficient=False")
-        with torch.autocast(dout.device.type, enabled=False):
+        with torch.autocast(dout.device.type, enabled=False, cache_enabled=True):
             return EfficientBlock.gradients(ctx.spec, dout, ctx.saved_tensors, ctx.nParameters)
 
     @staticmethod
@@ -599,7 +612,7 @@ def tiles(x):
     """-> the tensor in tiles of whole images; on a GPU, which gains nothing by tiles, in one"""
     n, _, height, width = x.shape
     parts = x.tensor_split(-(-n // max(1, TILE // (height * width))) if x.device.type == "cpu" else 1)
-    return [part.data for part in parts]  # for a view, torch.compile would compile for its base's shape, too
+    return [part.data for part in parts]  # no views: torch.compile would compile again for each shape of their base
 
 
 def joined(parts):
@@ -643,7 +656,7 @@ def standardise_backward(G, xhat, factors):
 
 
 def affine_backward(da, a, xhat, gamma, G, is_first):
-    """Adds gamma da to G, or writes it there if ``is_first``; da counts as zero where a is. Overwrites da.
+    """Adds gamma da to G, or writes it there if ``is_first``; da is taken as zero where a is zero. May overwrite da.
 
     -> dbeta, dgamma, (C,)
     """
@@ -672,20 +685,18 @@ def column(v):
 
 
 def rows(x):
-    """(N, C, H, W) -> (N, H * W, C). Compiled, a sum over H * W and then N takes a tenth of that over all at once."""
+    """(N, C, H, W) -> (N, H * W, C). Compiled, a sum over H * W and one over N take a tenth of one sum's time."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @cache
 def tile_functions(compiled):
-    """-> the functions above, by name"""
+    """-> the functions above, by name. Each is compiled for every dtype and kind of slice, up to torch's limit of 8."""
     functions = {f.__name__: f for f in (affine_relu, moments, standardise, standardise_affine_relu,
                                          standardise_backward, affine_backward)}
     if compiled:
         functions["affine_backward"] = affine_backward_to_compile
         functions = {name: torch.compile(f, dynamic=True) for name, f in functions.items()}
-        # a function is compiled for each dtype and kind of slice; beyond torch's limit of 8 it would run uncompiled
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return SimpleNamespace(**functions)
 
 

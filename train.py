@@ -38,7 +38,7 @@ from lib.errors import how_to_continue, report
 from lib.flags import get_args_parser, parse_args, resumed_args
 from lib.image_set import normal_form, shorten
 from lib.memory import count_parameters
-from lib.network import check_images, check_network, make_net, pretrained_weights, set_path_or_uncompiled
+from lib.network import check_images, check_network, choose_compiled_or_not, make_net, pretrained_weights
 from lib.plot_process import Plotter
 from lib.run_directory import Run, RunError, is_finished
 from lib.sets import Sets, load_on_every_rank
@@ -273,7 +273,7 @@ def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.d
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # as the activations: else each step copies the weights
     with autocast(device, args.precision):
-        state["path"] = set_path_or_uncompiled(net, state["path"])
+        state |= choose_compiled_or_not(net, state["path"], world)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
     if args.opt == "sgd":
         settings = dict(momentum=0.9, nesterov=not args.no_nesterov)

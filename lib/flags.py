@@ -55,11 +55,10 @@ def get_args_parser(description: str = "") -> Parser:
                        help="how the dense block is computed in training. yes: in memory linear in depth; max: in "
                             "less memory again, a little slower; no: by the textbook layers; auto: the fastest way "
                             "that fits into memory (default: %(default)s)")
-
     group.add_argument("--compile", action="store_true",
-                       help="run the efficient block's functions compiled by torch.compile: faster, after 10 to 30 s "
-                            "at the start. Needs a C++ compiler on a CPU. --efficient auto does it by itself for long "
-                            "runs on CPUs with AVX-512")
+                       help="compile the efficient block's functions with torch.compile, which takes 10 to 35 s at the "
+                            "start and on a CPU needs a C++ compiler. --efficient auto does so for long runs on CPUs "
+                            "with AVX-512")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
@@ -125,7 +124,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
     if args.compile and (args.efficient == "no" or args.syncBN):
         raise ValueError(f"--compile is for the efficient block, and {'--syncBN' if args.syncBN else '--efficient no'} "
-                         "trains by the textbook layers; give one of them")
+                         "trains by the textbook layers; leave out one of them")
     if args.no_nesterov and args.opt != "sgd":
         raise ValueError(f"--no-nesterov with --opt {args.opt}; valid only with sgd")
     if "border" in explicit and (args.no_augment or args.dataset == "svhn"):

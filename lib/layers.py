@@ -28,7 +28,7 @@ def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
 def set_path(net: DenseNet, path: str) -> None:
     """Makes the network's dense blocks take ``path``. Raises RuntimeError, with the reason, if they cannot be compiled;
     then they take the same path uncompiled. As for ``DenseNet.compile_block``, device and autocast matter."""
-    net.efficient, net.is_compiled = EFFICIENT_OF_PATH[path], False
+    net.efficient, net.block_is_compiled = EFFICIENT_OF_PATH[path], False
     if path in COMPILED_PATHS.values():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -12,6 +12,7 @@ import torchvision
 import densenet
 from lib import data
 from lib.cli import network_arguments, warn
+from lib.distributed import World, sum_over_ranks
 from lib.layers import PATHS, set_path
 from lib.memory import count_parameters, total_memory
 
@@ -26,14 +27,24 @@ def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
                              **arguments)
 
 
-def set_path_or_uncompiled(net: densenet.DenseNet, path: str) -> str:
-    """``layers.set_path``, but with a warning if the blocks cannot be compiled. -> the path that they take"""
+def choose_compiled_or_not(net: densenet.DenseNet, path: str, world: World) -> dict[str, str]:
+    """Makes the network's blocks take ``path``; uncompiled, after a warning, if a rank cannot compile them.
+
+    -> what that changes in the run's state
+    """
+    reason = ""
     try:
         set_path(net, path)
     except RuntimeError as error:
-        warn(str(error))
-        return PATHS[net.efficient]
-    return path
+        reason = str(error)
+    failed = sum_over_ranks(torch.tensor([float(reason != "")], device=net.fc.weight.device), world).item()
+    if not failed:
+        return {}
+    path = PATHS[net.efficient]
+    set_path(net, path)
+    if world.rank == 0:
+        warn(reason or "the efficient block runs without torch.compile, which failed in another process")
+    return {"path": path, "pathReason": "torch.compile failed"}
 
 
 def check_network(args: argparse.Namespace, device: torch.device, nRanks: int) -> None:

@@ -23,8 +23,8 @@ def initial_state(args: argparse.Namespace, sets: Sets, device: torch.device, wo
     with torch.device("meta"):  # shapes without memory
         net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
     choice = choose_path(args, net, sets.train.images.shape[-1], sets.nbytes, args.batchSz // world.size, device,
-                       steps=args.nEpochs * math.ceil(len(sets.train.images) / args.batchSz),
-                       sharing=world.local_size if device.type == "cpu" else 1)
+                         steps=args.nEpochs * math.ceil(len(sets.train.images) / args.batchSz),
+                         sharing=world.local_size if device.type == "cpu" else 1)
     choice = broadcast(choice, world)  # another rank's memory may differ
     return {"format": 1, "version": densenet.__version__,
             "flags": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},

@@ -19,6 +19,8 @@ import train
 from densenet import DenseNet
 from lib.layers import COMPILED_PATHS, operations
 
+torch._dynamo.config.recompile_limit = 64  # tests of one process compile for three dtypes and more kinds of tiles
+
 
 def compiled(net: DenseNet, autocast: torch.dtype | None = None) -> DenseNet:
     with torch.autocast("cpu", autocast, enabled=autocast is not None), warnings.catch_warnings():
@@ -57,8 +59,17 @@ def test_a_run_without_a_compiler_trains_uncompiled_and_says_so(broken_compiler,
     assert train.main([*flags, "--nEpochs", "1", "--compile", "--save", str(tmp_path / "run")]) == 0
     out, err = capsys.readouterr()
     assert "runs without torch.compile, which failed: no compiler in any" in one_line(err, "train.py: warning: ")
-    assert "efficient path (--compile)" in out.splitlines()[0] and "compiled" not in out.splitlines()[0]
+    assert "efficient path (torch.compile failed)" in out.splitlines()[0] and "compiled" not in out.splitlines()[0]
     assert about(tmp_path / "run")["path"] == "efficient"
+
+
+def test_a_path_that_would_not_be_compiled_is_told(monkeypatch):
+    half = DenseNet(4, 10).bfloat16()
+    with pytest.warns(UserWarning, match="failed: on cpu, in torch.bfloat16, the textbook layers run"):
+        assert not half.compile_block()
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with pytest.warns(UserWarning, match="failed: it is disabled by an environment variable of torch"):
+        assert not DenseNet(4, 10).compile_block()
 
 
 def test_the_textbook_layers_are_not_compiled():
@@ -84,7 +95,8 @@ def test_exact_in_float64_and_compiled_once(efficient, bottleneck, monkeypatch):
     """Layers of all sizes, whole and split into tiles, run by what compile_block has compiled."""
     monkeypatch.setattr(densenet, "TILE", 3 * 256)
     textbook, net = pair(efficient, growthRate=3, depth=22, bottleneck=bottleneck, reduction=0.37)
-    textbook.double(), compiled(net.double())
+    textbook.double()
+    compiled(net.double())
     compiled_functions = count_compiled()
     for n, size in ((2, 16), (8, 9), (8, 16)):
         x, labels = torch.randn(n, 3, size, size, dtype=torch.float64), torch.randint(10, (n,))
@@ -99,6 +111,20 @@ def test_exact_in_float64_and_compiled_once(efficient, bottleneck, monkeypatch):
 
 def count_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_steps_compile_nothing_more(precision):
+    net = DenseNet(4, 16).train()
+    with train.autocast(torch.device("cpu"), precision):
+        assert net.compile_block()
+    compiled_functions = count_compiled()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for n, height, width in ((40, 32, 32), (32, 32, 32), (5, 16, 24)):
+        train.train_step(net, optimizer, precision, torch.randn(n, 3, height, width), torch.zeros(n).long(), n)
+        assert net.dense1.last_path == "compiled efficient"
+    assert count_compiled() == compiled_functions
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def worker(pipe, name: str, args) -> None:
     start = time.perf_counter()
     if "ours compiled" in name:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            net.compile_block()
+            if not net.compile_block():
+                raise RuntimeError("the block could not be compiled")
     loss_of().backward()  # includes loading of the libraries' code and allocation of the gradients
     first = time.perf_counter() - start
     pipe.send(kept_bytes(net, loss_of) | {"first": first, "peak": peak_bytes(args.device, lambda: loss_of().backward()),

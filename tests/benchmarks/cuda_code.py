@@ -8,8 +8,9 @@ Each operation of a step on the CPU, with settings as on a GPU (all images as on
 tensors), counts as one kernel, a convolution's gradients as two. It reads and writes each of its tensors once. The
 steps have 2 and 4 images, and bytes are extrapolated linearly to the batch size. A function that
 ``DenseNet.compile_block`` compiles counts as the kernels, and their bytes, in the code that Inductor makes for an H100
-and the full batch. For that the function is traced on fake tensors, and torch is told of a GPU. Takes 3 minutes on 2
-cores. Triton must be installed; it comes with PyPI's torch for Linux.
+and the full batch. For that the function is traced on fake tensors, and torch is told of a GPU. The code is for fixed shapes;
+``compile_block`` compiles for all, and may get other reductions. Takes 10 minutes. Triton must be installed; it comes
+with PyPI's torch for Linux.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import re
 import sys
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -43,6 +43,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
 import step
 
 import densenet
+from lib.files import new_file
 
 H100 = types.SimpleNamespace(  # as of torch.cuda.get_device_properties
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, warp_size=32,
@@ -75,7 +76,7 @@ class TritonDriver:
 
 @contextlib.contextmanager
 def made_up_gpu():
-    """A context in which torch believes in an H100."""
+    """A context in which torch reports an H100."""
     properties, one, zero = lambda device=None: H100, lambda: 1, lambda: 0
     with contextlib.ExitStack() as stack:
         for place, wrap in ((torch.cuda, lambda f: f), (CudaInterface, staticmethod),
@@ -171,7 +172,8 @@ def count(name: str, compiled: bool, precision: str) -> tuple[int, float]:
         train(), train()
         counter = Count(full.batchSz)
         own = types.SimpleNamespace(**{key: counter.compiled(f) for key, f in functions.items()})
-        with counter, patch.object(densenet, "tile_functions", return_value=own) if compiled else nullcontext():
+        change = patch.object(densenet, "tile_functions", return_value=own) if compiled else contextlib.nullcontext()
+        with counter, change:
             train()
         counts.append(counter)
     two, four = counts
@@ -183,18 +185,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="NAME", default=tuple(ROWS),
                         help=f"count only these: {', '.join(ROWS)}")
-    parser.add_argument("--code", metavar="FILE.py", help="write Inductor's code of the compiled functions")
+    parser.add_argument("--code", metavar="FILE.py", type=new_file(".py"), help="write Inductor's code of the compiled functions")
     args = parser.parse_args(argv)
     triton.runtime.driver.set_active(TritonDriver())
-    patches = patch.object(densenet, "TILE", 2**62), patch.dict(torch.optim.SGD.__init__.__kwdefaults__, foreach=True)
     print(f"BC 100-12, batch 64, torch {torch.__version__}\n"
           f"{'':32}{'fp32: kernels':>14}{'GB':>7}{'bf16: kernels':>15}{'GB':>7}")
-    with patches[0], patches[1]:
+    with (patch.object(densenet, "TILE", 2**62),
+          patch.dict(torch.optim.SGD.__init__.__kwdefaults__, foreach=True)):
         for name in args.only:
             (kernels, moved), (kernels16, moved16) = (count(*ROWS[name], precision) for precision in ("fp32", "bf16"))
             print(f"{name:32}{kernels:14,}{moved:7.1f}{kernels16:15,}{moved16:7.1f}", flush=True)
     if args.code:
-        Path(args.code).write_text("\n".join(f"# {name}\n{code}" for name, code in codes.items()))
+        args.code.write_text("\n".join(f"# {name}\n{code}" for name, code in codes.items()))
     return 0
 
 

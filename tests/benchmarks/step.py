@@ -118,7 +118,8 @@ def make_step(implementation: Implementation, size: Size, precision: str,
             net.to(memory_format=torch.channels_last)
         if implementation.compiled:
             with train.autocast(device, precision):
-                net.compile_block()
+                if not net.compile_block():
+                    raise RuntimeError("the block could not be compiled")
         step = functools.partial(train.train_step, net, optimizer, precision)
         if implementation.graph:
             step = GraphedStep(step, net, optimizer, size.batchSz)
