@@ -8,9 +8,9 @@ Each operation of a step on the CPU, with settings as on a GPU (all images as on
 tensors), counts as one kernel, a convolution's gradients as two. It reads and writes each of its tensors once. The
 steps have 2 and 4 images, and bytes are extrapolated linearly to the batch size. A function that
 ``DenseNet.compile_block`` compiles counts as the kernels, and their bytes, in the code that Inductor makes for an H100
-and the full batch. For that the function is traced on fake tensors, and torch is told of a GPU. The code is for fixed shapes;
-``compile_block`` compiles for all, and may get other reductions. Takes 10 minutes. Triton must be installed; it comes
-with PyPI's torch for Linux.
+and the full batch. For that the function is traced on fake tensors, and torch is told of a GPU. The code is for fixed
+shapes; ``compile_block`` compiles for all, and may get other reductions. Takes 10 minutes. Triton must be installed; it
+comes with PyPI's torch for Linux.
 """
 
 import argparse
@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="NAME", default=tuple(ROWS),
                         help=f"count only these: {', '.join(ROWS)}")
-    parser.add_argument("--code", metavar="FILE.py", type=new_file(".py"), help="write Inductor's code of the compiled functions")
+    parser.add_argument("--code", metavar="FILE.py", type=new_file(".py"),
+                        help="write Inductor's code of the compiled functions")
     args = parser.parse_args(argv)
     triton.runtime.driver.set_active(TritonDriver())
     print(f"BC 100-12, batch 64, torch {torch.__version__}\n"
