@@ -24,7 +24,7 @@ torch._dynamo.config.recompile_limit = 64  # tests of one process compile for th
 
 def compiled(net: DenseNet, autocast: torch.dtype | None = None) -> DenseNet:
     with torch.autocast("cpu", autocast, enabled=autocast is not None), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert net.compile_block()
     return net
 
@@ -63,12 +63,12 @@ def test_a_run_without_a_compiler_trains_uncompiled_and_says_so(broken_compiler,
     assert about(tmp_path / "run")["path"] == "efficient"
 
 
-def test_a_path_that_would_not_be_compiled_is_told(monkeypatch):
+def test_a_path_that_would_not_be_compiled_is_told():
     half = DenseNet(4, 10).bfloat16()
     with pytest.warns(UserWarning, match="failed: on cpu, in torch.bfloat16, the textbook layers run"):
         assert not half.compile_block()
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with pytest.warns(UserWarning, match="failed: it is disabled by an environment variable of torch"):
+    with (torch._dynamo.config.patch(disable=True),
+          pytest.warns(UserWarning, match="failed: it is disabled by an environment variable of torch")):
         assert not DenseNet(4, 10).compile_block()
 
 
