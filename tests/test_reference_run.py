@@ -16,7 +16,7 @@ import make_graph
 import plot
 import train
 
-SGD = ROOT / "work/cifar10.reference"
+SGD, ADAM = ROOT / "work/cifar10.reference", ROOT / "work/cifar10-adam.reference"
 RUNS = sorted((ROOT / "work").glob("*.reference"))
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 CAT = 112  # the sample's test image that tests/cat.png shows
@@ -38,8 +38,8 @@ def elsewhere(reference, tmp_path, monkeypatch) -> Path:
 
 # --- what the files say -----------------------------------------------------------------------------------------
 
-def test_there_is_one():
-    assert SGD in RUNS
+def test_there_are_two():
+    assert RUNS == [ADAM, SGD]
 
 
 def test_all_of_them_take_less_than_6_megabytes():
@@ -83,6 +83,13 @@ def test_plot_draws_the_figures_that_lie_there(reference, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(FIGURES)
     for name in FIGURES:
         assert_looks_like(tmp_path / name, reference / name)
+
+
+@pytest.mark.slow
+def test_the_figure_of_both_runs_is_of_their_csvs(tmp_path):
+    assert plot.main([str(SGD), str(ADAM), "--labels", "SGD", "Adam", "--out", str(tmp_path)]) == 0
+    for name in FIGURES:
+        assert_looks_like(tmp_path / name, ROOT / "tests/figures/sgd-adam" / name)
 
 
 def test_resuming_says_that_the_run_is_finished_and_needs_no_data(elsewhere, capfd):
