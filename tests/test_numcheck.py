@@ -103,7 +103,7 @@ def test_gradients_between_the_loss_and_the_fault_are_right(path, fault, first):
 def test_the_error_falls_with_the_square_of_the_step_and_rises_with_rounding():
     torch.manual_seed(0)
     for case in (numcheck.module_case(densenet.Bottleneck(4, 2), None, "cpu"),
-                 numcheck.block_case(densenet.Bottleneck, True, None, "cpu")):
+                 numcheck.block_case(densenet.Bottleneck, "efficient", None, "cpu")):
         _, errors = numcheck.check(case, plotted=True)
         at = {round(torch.tensor(step).log10().item() * 2): error for step, error in errors.items()}
         assert 30 < at[-8] / at[-10] < 300  # from 1e-4 to 1e-5
