@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from common import about, differences, one_line, refused, relative, run_script, stopped_at
-from test_efficient import pair, step
+from test_efficient import assert_exact, pair, step
 
 import compare_grads
 import densenet
@@ -102,10 +102,7 @@ def test_exact_in_float64_and_compiled_once(efficient, bottleneck, monkeypatch):
         x, labels = torch.randn(n, 3, size, size, dtype=torch.float64), torch.randint(10, (n,))
         expected, found = step(textbook, x, labels), step(net, x, labels)
         assert net.dense1.last_path == net.dense3.last_path == COMPILED_PATHS[efficient]
-        scale = max(v.norm().item() for k, v in expected.items() if k.startswith("grad"))
-        for key, value in expected.items():
-            error = (found[key].double() - value.double()).norm().item()
-            assert error <= 1e-10 * max(value.double().norm().item(), 1e-4 * scale), key
+        assert_exact(expected, found)
     assert count_compiled() == compiled_functions
 
 

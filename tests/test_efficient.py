@@ -44,6 +44,15 @@ def step(net: DenseNet, x: torch.Tensor, labels: torch.Tensor, autocast=None) ->
             **{k: b.clone() for k, b in net.named_buffers()}}
 
 
+def assert_exact(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Asserts that two results of ``step`` in float64 agree to 1e-10."""
+    # a gradient that is nothing but rounding (a bias before a norm, say) is compared on the scale of all gradients
+    scale = max(v.norm().item() for k, v in expected.items() if k.startswith("grad"))
+    for key, value in expected.items():
+        error = (found[key].double() - value.double()).norm().item()
+        assert error <= 1e-10 * max(value.double().norm().item(), 1e-4 * scale), key
+
+
 def inject_masks(monkeypatch) -> None:
     """Dropout whose mask depends only on which call of the step it is, and on the element: alike in any layout."""
     calls = []
@@ -89,12 +98,7 @@ def test_exact_in_float64(seed, monkeypatch):
         densenet._restart_masks()
         results.append(step(each, x, labels))
     assert paths(net) == [PATHS[c["efficient"]]] * 3 and paths(textbook) == ["textbook"] * 3
-    expected, found = results
-    # a gradient that is nothing but rounding (a bias before a norm, say) is compared on the scale of all gradients
-    scale = max(v.norm().item() for k, v in expected.items() if k.startswith("grad"))
-    for key, value in expected.items():
-        error = (found[key].double() - value.double()).norm().item()
-        assert error <= 1e-10 * max(value.double().norm().item(), 1e-4 * scale), key
+    assert_exact(*results)
 
 
 @pytest.mark.slow
