@@ -196,7 +196,7 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
     for module in (SingleLayer(4, 2), Bottleneck(4, 2), Transition(4, 3)):
         yield module_case(module, args.inject, device)
     paths = COMPILED_PATHS if args.compile else PATHS
-    set_path(make_net(args).double().to(device), paths[True])  # raises RuntimeError if the blocks cannot be compiled
+    set_path(make_net(args).double().to(device), paths[True])  # raises CompileFailed if they cannot be compiled
     for layer, path in ((SingleLayer, paths[True]), (Bottleneck, paths[True]), (Bottleneck, paths["max"])):
         yield block_case(layer, path, args.inject, device)
     for path in (PATHS[False], paths[True], paths["max"]):

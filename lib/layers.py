@@ -25,15 +25,21 @@ def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
     return {name: module for name, module in net.named_children() if isinstance(module, kind)}
 
 
+class CompileFailed(RuntimeError):
+    """The dense blocks cannot be compiled. The message gives the reason."""
+
+
 def set_path(net: DenseNet, path: str) -> None:
-    """Makes the network's dense blocks take ``path``. Raises RuntimeError, with the reason, if they cannot be compiled;
-    then they take the same path uncompiled. As for ``DenseNet.compile_block``, device and autocast matter."""
+    """Makes the network's dense blocks take ``path``, for the present device, dtype and autocast.
+
+    Raises CompileFailed if they cannot be compiled; then they take the same path uncompiled.
+    """
     net.efficient, net.block_is_compiled = EFFICIENT_OF_PATH[path], False
     if path in COMPILED_PATHS.values():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if not net.compile_block():
-                raise RuntimeError(caught[-1].message)
+                raise CompileFailed(caught[-1].message)
 
 
 def check_path(net: DenseNet, path: str) -> None:

@@ -13,7 +13,7 @@ import densenet
 from lib import data
 from lib.cli import network_arguments, warn
 from lib.distributed import World, sum_over_ranks
-from lib.layers import PATHS, set_path
+from lib.layers import PATHS, CompileFailed, set_path
 from lib.memory import count_parameters, total_memory
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
@@ -28,20 +28,20 @@ def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
 
 
 def choose_compiled_or_not(net: densenet.DenseNet, path: str, world: World) -> dict[str, str]:
-    """Makes the network's blocks take ``path``; uncompiled, after a warning, if a rank cannot compile them.
+    """Makes the network's blocks take ``path``. If a rank cannot compile them, rank 0 warns, and all ranks train with
+    the same path uncompiled.
 
-    -> what that changes in the run's state
+    -> what that changes in the run's state: its path and the reason, or nothing
     """
-    if path in PATHS.values():
-        set_path(net, path)
-        return {}
     reason = ""
     try:
         set_path(net, path)
-    except RuntimeError as error:
+    except CompileFailed as error:
         reason = str(error)
-    failed = sum_over_ranks(torch.tensor([float(reason != "")], device=net.fc.weight.device), world).item()
-    if not failed:
+    if path in PATHS.values():  # nothing was compiled
+        return {}
+    failures = sum_over_ranks(torch.tensor([float(reason != "")], device=net.fc.weight.device), world).item()
+    if failures == 0:
         return {}
     path = PATHS[net.efficient]
     set_path(net, path)
