@@ -449,6 +449,7 @@ def read_checkpoint(file: str | os.PathLike | BinaryIO) -> dict:
 # ----------------------------------------------------------------------------------------------------------------
 
 TILE = 16384  # pixels of a tile on a CPU: smaller ones fit nearer caches, larger ones need fewer calls
+COMPILE_OPTIONS = {"split_reductions": False}  # on a GPU a sum over H and W stays one kernel
 
 
 def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, pool: tuple[int, int],
@@ -465,10 +466,12 @@ def efficient_block(block: DenseBlock, norm: nn.BatchNorm2d, x: torch.Tensor, po
     # the block casts by itself; cache_enabled as in the backward pass: torch.compile compiles for this state, too
     with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
         out, mean, var, *inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
+    m = x.numel() // x.shape[1]
+    var, *inner_variances = torch._foreach_mul([var, *inner[1::2]], m / (m - 1))  # unbiased
     outer = [*(layer.bn1 for layer in block), norm]
     update_running_statistics(outer, [mean] * len(outer), [var] * len(outer))
     if bottleneck:
-        update_running_statistics([layer.bn2 for layer in block], inner[::2], inner[1::2])
+        update_running_statistics([layer.bn2 for layer in block], inner[::2], inner_variances)
     return out
 
 
@@ -524,9 +527,10 @@ class EfficientBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, spec, *parameters):
-        """-> pooled activations (N, C, H', W'); then, without gradient, mean and unbiased variance of the block's
+        """-> pooled activations (N, C, H', W'); then, without gradient, mean and biased variance of the block's
         channels, and for each bottleneck those of its inner channels"""
         f, (*layers, (gamma, beta)) = tile_functions(spec.compiled), split_layers(parameters, spec)
+        x = x.contiguous(memory_format=torch.channels_last)
         c, k = x.shape[1], layers[0][-1].shape[0]
         xhat = torch.empty((len(x), c + k * len(layers), *x.shape[2:]), dtype=spec.dtype, device=x.device,
                            memory_format=torch.channels_last)
@@ -535,7 +539,7 @@ class EfficientBlock(torch.autograd.Function):
         for layer in layers:
             h = drop(affine_relu_conv(f, tiles(xhat[:, :c]), *layer[:3]), spec.dropRate, kept)
             if spec.bottleneck:
-                h, mean2, var2, rstd2 = batch_statistics(f, h, spec.eps)
+                h, (mean2, var2, rstd2) = batch_statistics(f, h, spec.eps)
                 inner += mean2, var2
                 kept += [mean2] if spec.recompute else h
                 kept.append(rstd2)
@@ -549,10 +553,13 @@ class EfficientBlock(torch.autograd.Function):
         ctx.spec, ctx.nParameters = spec, len(parameters)
         ctx.save_for_backward(*parameters, xhat, rstd, *kept)
         ctx.mark_non_differentiable(mean, var, *inner)
+        ctx.set_materialize_grads(False)  # which would make zeros as the gradients of these
         return out, mean, var, *inner
 
     @staticmethod
     def backward(ctx, dout, *_):
+        if dout is None:  # a function that reads the block has no gradient for it
+            return (None,) * (2 + ctx.nParameters)
         batched = torch._C._functorch.is_legacy_batchedtensor(dout) or torch._C._functorch.is_batchedtensor(dout)
         if torch.is_grad_enabled() or batched:
             raise RuntimeError("the efficient dense block can be differentiated only once, and for one gradient at a "
@@ -568,10 +575,10 @@ class EfficientBlock(torch.autograd.Function):
         m, k, n = xhat.numel() // xhat.shape[1], layers[0][-1].shape[0], len(tiles(xhat))
         nMasks = n if spec.dropRate > 0 else 0  # masks that each dropout has put onto the stack
 
-        G = torch.empty_like(xhat, dtype=gamma.dtype)  # sums below: (2, C), of G and of G xhat over N, H and W
-        dout = dout.tensor_split(n)
-        sums, grads = affine_relu_backward(f, partial(pool_backward, spec.pool), dout, tiles(xhat), gamma, beta,
-                                           tiles(G), is_first=True)
+        G = torch.empty_like(xhat, dtype=gamma.dtype)
+        sums = gamma.new_zeros(2, len(gamma))  # of G and of G xhat, over N, H and W
+        grads = outer_backward(f, partial(pool_backward, spec.pool), dout.tensor_split(n), tiles(xhat), gamma, beta,
+                               tiles(G), sums, is_first=True)
         for layer in reversed(layers):
             c = len(layer[0])
             new = slice(c, c + k)
@@ -585,27 +592,32 @@ class EfficientBlock(torch.autograd.Function):
                     h = [f.standardise(tile, mean2, rstd2, tile) for tile in h]
                 else:
                     h = pop_last(kept, n)
-                G2 = [torch.empty_like(tile, dtype=gamma.dtype) for tile in h]
-                sums2, layer_grads = affine_relu_backward(
-                    f, partial(conv_backward, layer[5]), dh, h, *layer[3:5], G2, is_first=True)
+                dh, layer_grads = inner_backward(f, partial(conv_backward, layer[5]), dh, h, rstd2, *layer[3:5], m)
                 grads = layer_grads + grads
-                dh = normalise_backward(f, G2, h, rstd2, sums2, m)
                 dh = undrop(dh, spec.dropRate, pop_last(kept, nMasks))
-            layer_sums, layer_grads = affine_relu_backward(
+            grads = outer_backward(
                 f, partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2], tiles(G[:, :c]),
-                is_first=False)
-            sums[:, :c] += layer_sums
-            grads = layer_grads + grads
-        dx = joined([*normalise_backward(f, tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)])
-        return dx, None, *grads
+                sums[:, :c].data, is_first=False) + grads
+        dx = normalise_backward(f, tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)
+        return joined([*dx]), None, *as_dtype(grads, gamma.dtype)
 
 
 def split_layers(parameters, spec):
     """-> (gamma, beta, weight) of each layer, with bottleneck twice; at the end (gamma, beta) of the last norm"""
     size = 6 if spec.bottleneck else 3
     # detached: torch.compile takes the shape of each nn.Parameter as a constant, and would compile for every layer
-    parameters = [p.detach() if p.dim() == 1 else p.detach().to(spec.dtype) for p in parameters]
+    parameters = [p.detach() for p in parameters]
+    parameters[2::3] = as_dtype(parameters[2::3], spec.dtype)
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
+
+
+def as_dtype(tensors, dtype):
+    """-> the tensors, converted if they are of another dtype; on a GPU all by a few kernels"""
+    if not any(tensor.dtype != dtype for tensor in tensors):
+        return tensors
+    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(converted, tensors)
+    return converted
 
 
 def tiles(x):
@@ -632,11 +644,15 @@ def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def moments(x):
-    """-> the mean and the sum of squared deviations from it, (C,)"""
-    x = rows(x).to(torch.promote_types(x.dtype, torch.float32))
-    mean = x.sum(1).sum(0) / (x.shape[0] * x.shape[1])
-    return mean, (x - mean).pow_(2).sum(1).sum(0)
+def moments(x, eps):
+    """-> mean, biased variance and rstd = 1 / sqrt(variance + eps) over N, H and W, each (C,)"""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    means = x.mean((2, 3), keepdim=True)  # of each image, to read it a second time from the cache
+    variances = (x - means).pow_(2).mean((2, 3))
+    means = means.flatten(1)
+    mean = means.mean(0)
+    var = (variances + (means - mean).pow_(2)).mean(0)
+    return mean, var, (var + eps).rsqrt()
 
 
 def standardise(x, mean, rstd, out):
@@ -649,34 +665,48 @@ def standardise_affine_relu(x, mean, rstd, gamma, beta):
     return affine_relu(standardise(x, mean, rstd, out=x), gamma, beta)
 
 
-def standardise_backward(G, xhat, factors):
-    """-> rstd G + shift + slope xhat; ``factors``: rstd, shift and slope, (3, C)"""
-    rstd, shift, slope = factors
+def standardise_backward(G, xhat, rstd, sums, m):
+    """-> rstd (G - mean(G) - xhat mean(G xhat)); ``sums``: (2, C), of G and of G xhat, over m values per channel"""
+    shift, slope = sums * (rstd / -m)
     return torch.addcmul(column(shift), G, column(rstd)).addcmul_(xhat, column(slope)).to(xhat.dtype)
 
 
-def affine_backward(da, a, xhat, gamma, G, is_first):
-    """Adds gamma da to G, or writes it there if ``is_first``; da is taken as zero where a is zero. May overwrite da.
+def affine_relu_backward(da, a, xhat, gamma, beta):
+    """-> dbeta and dgamma, the sums of da and of da xhat, (2, C). Uncompiled, da becomes zero where a is zero."""
+    da = relu_backward(da, a, xhat, gamma, beta).to(gamma.dtype)
+    return channel_sums(da, da * xhat)
 
-    -> dbeta, dgamma, (C,)
-    """
-    da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)  # in place
-    dbeta = da.sum((0, 2, 3))
+
+def standardise_affine_relu_backward(da, xhat, rstd, gamma, beta, sums, m):
+    """-> the gradient of standardise_affine_relu's x; ``sums``: what affine_relu_backward, called before, returned"""
+    if torch.compiler.is_compiling():
+        da = relu_backward(da, None, xhat, gamma, beta)
+    return standardise_backward(da, xhat, rstd * gamma, sums, m)
+
+
+def affine_relu_backward_to_G(da, a, xhat, gamma, beta, G, sums, is_first):
+    """The same. Adds gamma da to G, or writes it there if ``is_first``, and adds its sums to those of G and G xhat."""
+    da = relu_backward(da, a, xhat, gamma, beta).to(gamma.dtype)
     if is_first:
         torch.mul(da, column(gamma), out=G)
     else:
         G.addcmul_(da, column(gamma))
-    return dbeta, da.mul_(xhat).sum((0, 2, 3))
+    new = channel_sums(da, da * xhat)
+    sums.addcmul_(new, gamma)
+    return new
 
 
-def affine_backward_to_compile(da, a, xhat, gamma, G, is_first):
-    """The same in one pass when compiled; uncompiled, it would make a training step 1.2 to 1.6 times as long."""
-    da = torch.where(a <= 0, 0, da).to(gamma.dtype)
-    if is_first:
-        G.copy_(da * column(gamma))
-    else:
-        G.addcmul_(da, column(gamma))
-    return rows(da).sum(1).sum(0), rows(da * xhat).sum(1).sum(0)
+def relu_backward(da, a, xhat, gamma, beta):
+    """-> da, zero where a is zero. Compiled, it makes a again from xhat, which is read anyway; uncompiled, that would
+    be one more pass over memory, and da is overwritten."""
+    if torch.compiler.is_compiling():
+        return torch.where(affine_relu(xhat, gamma, beta) <= 0, 0, da)
+    return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+
+
+def channel_sums(x, y):
+    """-> the sums of both over N, H and W, (2, C). Compiled, one sum over all three takes ten times as long."""
+    return torch.stack((x.sum((2, 3)), y.sum((2, 3)))).sum(1)
 
 
 def column(v):
@@ -684,69 +714,82 @@ def column(v):
     return v.view(-1, 1, 1)
 
 
-def rows(x):
-    """(N, C, H, W) -> (N, H * W, C). Compiled, a sum over H * W and one over N take a tenth of one sum's time."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
 @cache
 def tile_functions(compiled):
     """-> the functions above, by name. Each is compiled for every dtype and kind of slice, up to torch's limit of 8."""
-    functions = {f.__name__: f for f in (affine_relu, moments, standardise, standardise_affine_relu,
-                                         standardise_backward, affine_backward)}
-    if compiled:
-        functions["affine_backward"] = affine_backward_to_compile
-        functions = {name: torch.compile(f, dynamic=True) for name, f in functions.items()}
-    return SimpleNamespace(**functions)
+    functions = (affine_relu, moments, standardise, standardise_affine_relu, standardise_backward, affine_relu_backward,
+                 standardise_affine_relu_backward, affine_relu_backward_to_G)
+    compile_or_not = partial(torch.compile, dynamic=True, options=COMPILE_OPTIONS) if compiled else lambda f: f
+    return SimpleNamespace(**{f.__name__: compile_or_not(f) for f in functions})
 
 
 # --- these take all tiles of a tensor; those that yield tiles pass each one on while it is in the cache ---
 
 def batch_statistics(f, x, eps):
-    """-> the tiles of x; their mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps), each (C,)"""
-    parts, counts, means, squares = [], [], [], []
+    """-> the tiles of x; their mean, biased variance and rstd, each (C,)"""
+    parts, counts, moments = [], [], []
     for tile in x:
-        mean, square = f.moments(tile)
         parts.append(tile)
-        counts.append(tile.numel() // tile.shape[1])
-        means.append(mean)
-        squares.append(square)
-    m = sum(counts)
-    if len(parts) > 1:  # a tile's deviations are from its own mean
-        mean = reduce(torch.add, (n / m * value for n, value in zip(counts, means, strict=True)))
-        squares += [n * (value - mean).square() for n, value in zip(counts, means, strict=True)]
-        square = reduce(torch.add, squares)
-    return parts, mean, square / (m - 1), (square / m + eps).rsqrt()
+        counts.append(len(tile))
+        moments.append(f.moments(tile, eps))
+    if len(parts) == 1:
+        return parts, moments[0]
+    shares = [count / sum(counts) for count in counts]
+    mean = sum(share * value for share, (value, _, _) in zip(shares, moments, strict=True))
+    var = sum(share * (v + (value - mean).square()) for share, (value, v, _) in zip(shares, moments, strict=True))
+    return parts, (mean, var, (var + eps).rsqrt())
 
 
 def normalise(f, x, eps, out):
-    """Writes xhat to ``out``. -> mean, unbiased variance and rstd, each (C,)"""
-    parts, mean, var, rstd = batch_statistics(f, x, eps)
+    """Writes xhat to ``out``. -> mean, biased variance and rstd, each (C,)"""
+    parts, (mean, var, rstd) = batch_statistics(f, x, eps)
     for tile, hat in zip(parts, out, strict=True):
         f.standardise(tile, mean, rstd, hat)
     return mean, var, rstd
 
 
 def normalise_backward(f, G, xhat, rstd, sums, m):
-    """Yields dx by EfficientBlock's last formula; ``sums``: of G and of G xhat, over m values per channel."""
-    factors = torch.stack((rstd, *(sums * (rstd / -m))))
-    for g, hat in zip(G, xhat, strict=True):
-        yield f.standardise_backward(g, hat, factors)
+    """Yields dx by EfficientBlock's last formula."""
+    return (f.standardise_backward(g, hat, rstd, sums, m) for g, hat in zip(G, xhat, strict=True))
 
 
-def affine_relu_backward(f, vjp, dout, xhat, gamma, beta, G, is_first):
+def outer_backward(f, vjp, dout, xhat, gamma, beta, G, sums, is_first):
     """Backward of a = relu(gamma xhat + beta) and of the function that reads a: ``vjp(dout, a)``, its vector-Jacobian
     product, returns da, and dweight if it has a weight. Adds gamma da to G, or writes it there if ``is_first``.
 
-    -> sums (2, C) of gamma da and of gamma da xhat, over N, H and W; [dgamma, dbeta, dweight]
+    -> [dgamma, dbeta, dweight]
     """
     parts = []
     for d, hat, g in zip(dout, xhat, G, strict=True):
         a = f.affine_relu(hat, gamma, beta)
         da, *dweight = vjp(d, a)
-        parts.append((*f.affine_backward(da, a, hat, gamma, g, is_first), *(w.to(gamma.dtype) for w in dweight)))
-    dbeta, dgamma, *dweight = (reduce(torch.add, values) for values in zip(*parts, strict=True))
-    return gamma * torch.stack((dbeta, dgamma)), [dgamma, dbeta, *dweight]
+        parts.append((f.affine_relu_backward_to_G(da, a, hat, gamma, beta, g, sums, is_first), *dweight))
+    (dbeta, dgamma), *dweight = total(parts, gamma.dtype)
+    return [dgamma, dbeta, *dweight]
+
+
+def inner_backward(f, vjp, dout, xhat, rstd, gamma, beta, m):
+    """The same for a bottleneck's second batch norm, which alone reads its xhat.
+
+    -> the gradient of its input, yielded tile by tile; [dgamma, dbeta, dweight]
+    """
+    parts, gradients = [], []
+    for d, hat in zip(dout, xhat, strict=True):
+        a = f.affine_relu(hat, gamma, beta)
+        da, dweight = vjp(d, a)
+        parts.append((f.affine_relu_backward(da, a, hat, gamma, beta), dweight))
+        gradients.append(da)
+    sums, dweight = total(parts, gamma.dtype)
+    dx = (f.standardise_affine_relu_backward(da, hat, rstd, gamma, beta, sums, m)
+          for da, hat in zip(gradients, xhat, strict=True))
+    return dx, [sums[1], sums[0], dweight]
+
+
+def total(parts, dtype):
+    """-> each value's sum over the tiles, in this dtype if there are several"""
+    if len(parts) == 1:
+        return parts[0]
+    return [reduce(torch.add, [value.to(dtype) for value in values]) for values in zip(*parts, strict=True)]
 
 
 def affine_relu_conv(f, xhat, gamma, beta, weight):

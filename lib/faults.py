@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -92,8 +93,8 @@ def batch_norm_without_mean(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tens
 
 def broken_block(fault: str, layer: nn.Module):
     """A context in which the efficient block has the fault where it computes ``layer``; bn-no-mean: in all layers."""
-    block, backward = densenet.EfficientBlock, densenet.affine_relu_backward
-    normalise_backward, update = densenet.normalise_backward, densenet.update_running_statistics
+    block, backward = densenet.EfficientBlock, densenet.outer_backward
+    tile_functions, update = densenet.tile_functions, densenet.update_running_statistics
     first = layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
 
     class Misordered(block):
@@ -106,16 +107,26 @@ def broken_block(fault: str, layer: nn.Module):
                     reordered[i] = p.roll(1, 0 if p.dim() == 1 else 1)  # gamma, beta: (C,); weight: (outputs, C, h, w)
             return block.apply(x, spec, *reordered)
 
-    def misordered_backward(f, vjp, dout, xhat, gamma, beta, G, is_first):
+    def misordered_backward(f, vjp, dout, xhat, gamma, beta, G, sums, is_first):
         if gamma.data_ptr() != layer.bn1.weight.data_ptr():
-            return backward(f, vjp, dout, xhat, gamma, beta, G, is_first)
-        from_layer = [torch.empty_like(g) for g in G]
-        sums, grads = backward(f, vjp, dout, xhat, gamma, beta, from_layer, is_first=True)
+            return backward(f, vjp, dout, xhat, gamma, beta, G, sums, is_first)
+        from_layer, its_sums = [torch.empty_like(g) for g in G], torch.zeros_like(sums)
+        grads = backward(f, vjp, dout, xhat, gamma, beta, from_layer, its_sums, is_first=True)
         torch._foreach_add_(G, [g.roll(1, 1) for g in from_layer])  # G already holds the gradient from later layers
-        return sums.roll(1, 1), grads
+        sums += its_sums.roll(1, 1)
+        return grads
 
-    def without_mean(f, G, xhat, rstd, sums, m):
-        return normalise_backward(f, G, xhat, rstd, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
+    def without_mean(compiled):
+        functions = vars(tile_functions(compiled)).copy()
+        for name in ("standardise_backward", "standardise_affine_relu_backward"):
+            functions[name] = without_first_sum(functions[name])
+        return SimpleNamespace(**functions)
+
+    def without_first_sum(function):
+        def run(*arguments):
+            *others, sums, m = arguments
+            return function(*others, torch.stack((torch.zeros_like(sums[0]), sums[1])), m)
+        return run
 
     def update_twice(norms, means, variances):
         update(norms, means, variances)
@@ -125,8 +136,8 @@ def broken_block(fault: str, layer: nn.Module):
 
     name, replacement = {
         "cat-order": ("EfficientBlock", Misordered),
-        "cat-grad": ("affine_relu_backward", misordered_backward),
-        "bn-no-mean": ("normalise_backward", without_mean),
+        "cat-grad": ("outer_backward", misordered_backward),
+        "bn-no-mean": ("tile_functions", without_mean),
         "stats-twice": ("update_running_statistics", update_twice),
     }[fault]
     return patch.object(densenet, name, replacement)

@@ -200,6 +200,22 @@ def test_gradients_accumulate_and_frozen_parameters_stay():
             assert relative(p.grad, q[1].grad) < 1e-9, key
 
 
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_block_whose_reader_gives_no_gradient_gives_none(efficient):
+    class WithoutGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    net = DenseNet(4, 10, efficient=efficient)
+    (WithoutGradient.apply(net(torch.randn(2, 3, 8, 8))).sum() + net.fc.weight.sum()).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == ["fc.weight"]
+
+
 def test_second_derivative_is_refused_and_says_what_helps():
     net = DenseNet(growthRate=4, depth=10)
     x = torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -26,14 +26,18 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.device_interface import CudaInterface
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,14 +101,17 @@ def lowered(function: Callable, signature: tuple) -> tuple[int, int]:
     """-> kernels and bytes of Inductor's CUDA code for the function; ``signature``: its arguments, tensors as (shape,
     strides, dtype)"""
     flags = [a for a in signature if not isinstance(a, tuple)]
-    with FakeTensorMode() as mode:
-        on_cpu, tensors = ([torch.empty_strided(*a[:2], dtype=a[2], device=device) for a in signature
-                            if isinstance(a, tuple)] for device in ("cpu", "cuda:0"))
-        traced = make_fx(torch.func.functionalize(lambda *tensors: function(*tensors, *flags)),
-                         select_decomp_table())(*on_cpu)
-    with made_up_gpu():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    on_cpu = [mode.from_tensor(torch.empty_strided(*a[:2], dtype=a[2]), source=ConstantSource(f"tensor{i}"),
+                               symbolic_context=StatelessSymbolicContext([DimDynamic.DUCK] * len(a[0])))
+              for i, a in enumerate(a for a in signature if isinstance(a, tuple))]
+    with mode, enable_python_dispatcher(), made_up_gpu(), inductor_config.patch(densenet.COMPILE_OPTIONS):
+        with patch.object(torch.compiler, "is_compiling", lambda: True):
+            traced = make_fx(torch.func.functionalize(lambda *tensors: function(*tensors, *flags)),
+                             select_decomp_table())(*on_cpu)
+        tensors = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cuda:0") for t in on_cpu]
         FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*tensors)
-        graph = GraphLowering(traced, example_inputs=tensors)
+        graph = GraphLowering(traced, example_inputs=tensors, shape_env=mode.shape_env)
         with (tracing(TracingContext(mode)), V.set_graph_handler(graph), V.set_fake_mode(mode),
               V.set_debug_handler(DebugContext())):
             graph.run(*tensors)
@@ -165,10 +172,12 @@ class Count(TorchDispatchMode):
 def count(name: str, compiled: bool, precision: str) -> tuple[int, float]:
     """-> kernels, GB of a training step"""
     full, counts = step.SIZES["bc100-64"], []
-    functions = vars(densenet.tile_functions(False)) | {"affine_backward": densenet.affine_backward_to_compile}
+    functions = vars(densenet.tile_functions(False))
     for batchSz in (2, 4):
-        _, train = step.make_step(step.IMPLEMENTATIONS[name], full._replace(batchSz=batchSz), precision,
-                                  torch.device("cpu"))
+        net, train = step.make_step(step.IMPLEMENTATIONS[name], full._replace(batchSz=batchSz), precision,
+                                    torch.device("cpu"))
+        if name.startswith("ours"):
+            net.to(memory_format=torch.channels_last)  # as on a GPU
         train(), train()
         counter = Count(full.batchSz)
         own = types.SimpleNamespace(**{key: counter.compiled(f) for key, f in functions.items()})
