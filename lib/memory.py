@@ -1,7 +1,7 @@
 """How much memory a training step needs, how much there is, and which path of the dense block fits.
 
-On a CPU the efficient block is the fastest, compiled where that is known to pay, otherwise in float32. In all other
-cases the textbook layers are, where they fit (README, "Which path runs").
+On a CPU in float32 the efficient block is the fastest. In all other cases the textbook layers are, where they fit, and
+the compiled block comes next on CPUs with AVX-512 (README, "Which path runs").
 """
 
 import argparse
@@ -17,7 +17,7 @@ from densenet import DenseNet
 from lib.cli import EFFICIENT
 from lib.layers import COMPILED_PATHS, PATHS
 
-WORTH_COMPILING = 5000  # steps: compiling takes 10 to 35 s, and saves 0.1 s or more a step of BC 100-12
+WORTH_COMPILING = 5000  # steps: compiling takes half a minute, and saves 0.35 s a step of BC 100-12 in bf16
 USABLE_SHARE = 0.8  # of the memory; the rest is for what is not counted: libraries' workspaces and fragmentation
 STATE_TENSORS = {"sgd": 1, "adam": 2, "rmsprop": 1}  # that the optimizer keeps for each parameter, of its size
 
@@ -89,9 +89,6 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, data_bytes: 
         return Choice(paths[EFFICIENT[args.efficient]], f"--efficient {args.efficient}")
     if args.compile:
         return Choice(paths[True], "--compile")
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiling was measured to pay there
-    if device.type == "cpu" and steps >= WORTH_COMPILING and has_avx512 and has_cxx_compiler():
-        return Choice(COMPILED_PATHS[True], f"the fastest on this CPU from {WORTH_COMPILING:,} steps on")
     if device.type == "cpu" and args.precision != "bf16":
         return Choice(PATHS[True], "the fastest on a CPU in float32")
     needed = sharing * step_bytes(net, args, size, data_bytes, batch_size, device.type == "cuda")
@@ -99,7 +96,10 @@ def choose_path(args: argparse.Namespace, net: DenseNet, size: int, data_bytes: 
     figures = f"{needed / 1e9:.1f} of {available / 1e9:.1f} GB"
     if needed <= USABLE_SHARE * available:
         return Choice(PATHS[False], f"a step of the textbook layers fits, with {figures}")
-    return Choice(PATHS[True], f"a step of the textbook layers does not fit, with {figures}")
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiling was measured to pay there
+    if device.type == "cpu" and steps >= WORTH_COMPILING and has_avx512 and has_cxx_compiler():
+        paths = COMPILED_PATHS
+    return Choice(paths[True], f"a step of the textbook layers does not fit, with {figures}")
 
 
 def has_cxx_compiler() -> bool:

@@ -89,20 +89,21 @@ def test_auto_takes_the_fastest_path_that_fits(flags, device, gigabytes, path, r
 
 
 @pytest.mark.parametrize(("flags", "device", "cpu", "steps", "path"), [
-    ("", "cpu", "AVX512", 5000, "compiled efficient"),
     ("--precision bf16", "cpu", "AVX512", 5000, "compiled efficient"),
-    ("", "cpu", "AVX512", 4999, "efficient"), ("", "cpu", "AVX2", 10**6, "efficient"),
-    ("--efficient yes", "cpu", "AVX512", 10**6, "efficient"), ("", "cuda", "AVX512", 10**6, "textbook"),
+    ("--precision bf16", "cpu", "AVX512", 4999, "efficient"), ("--precision bf16", "cpu", "AVX2", 10**6, "efficient"),
+    ("", "cpu", "AVX512", 10**6, "efficient"), ("--precision bf16", "cuda", "AVX512", 10**6, "efficient"),
+    ("--precision bf16 --batchSz 32", "cpu", "AVX512", 10**6, "textbook"),
+    ("--precision bf16 --efficient yes", "cpu", "AVX512", 10**6, "efficient"),
     ("--compile", "cpu", "AVX2", 1, "compiled efficient"), ("--compile", "cuda", "AVX2", 1, "compiled efficient"),
     ("--compile --efficient max", "cpu", "AVX2", 1, "compiled max")])
-def test_long_runs_on_some_cpus_and_those_with_compile_take_the_compiled_block(flags, device, cpu, steps, path,
-                                                                               monkeypatch):
-    monkeypatch.setattr(memory, "total_memory", lambda device: 80 * GB)
+def test_the_compiled_block_is_for_long_runs_without_memory_for_the_textbook_and_for_those_that_ask(
+        flags, device, cpu, steps, path, monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: GB)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     args, _ = train.parse_args(flags.split())
     with torch.device("meta"):
         net = DenseNet()
-    assert choose_path(args, net, 32, 0, 64, torch.device(device), steps).path == path
+    assert choose_path(args, net, 32, 0, args.batchSz, torch.device(device), steps).path == path
 
 
 def test_ranks_that_share_a_machine_share_its_memory(monkeypatch):
