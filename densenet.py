@@ -219,8 +219,8 @@ class DenseNet(nn.Module):
         """Compiles the efficient block's element-wise functions with torch.compile, once for all layers.
 
         A training step takes less time then, and computes the same up to rounding. Move the network to its device and
-        dtype first, and call this under the autocast of the training. The first call in a process takes 10 to 35
-        seconds, or 7 to 11 if torch's cache on disk has the functions. They are compiled again for tiles of one image
+        dtype first, and call this under the autocast of the training. The first call in a process takes 15 to 35
+        seconds, or 5 to 11 if torch's cache on disk has the functions. They are compiled again for tiles of one image
         and 1x1 feature maps, and in another process that loads a pickle of the network.
 
         Returns:

@@ -186,8 +186,8 @@ def measure(names: list[str], args) -> dict[str, dict]:
 
 def print_table(results: dict[str, dict], batchSz: int) -> None:
     references = [name for name in REFERENCES if name in results]
-    print(f"\n{'':44}{'s/step':>8}{'images/s':>10}{'first s':>9}{'kept MiB':>10}{'peak MiB':>10}   step's ratio to " +
-          " | ".join(references))
+    print(f"\n{'':44}{'s/step':>8}{'images/s':>10}{'first s':>9}{'kept MiB':>10}{'peak MiB':>10}" +
+          ("   step's ratio to " + " | ".join(references) if references else ""))
     for name, r in results.items():
         ratios = " | ".join(f"{r['median'] / results[ref]['median']:.2f}" for ref in references)
         print(f"{name:44}{r['median']:8.3f}{batchSz / r['median']:10.1f}{r['first']:9.1f}{r['kept'] / MIB:10.0f}"

@@ -7,10 +7,9 @@
 Each operation of a step on the CPU, with settings as on a GPU (all images as one tile, the optimizer on lists of
 tensors), counts as one kernel, a convolution's gradients as two. It reads and writes each of its tensors once. The
 steps have 2 and 4 images, and bytes are extrapolated linearly to the batch size. A function that
-``DenseNet.compile_block`` compiles counts as the kernels, and their bytes, in the code that Inductor makes for an H100
-and the full batch. For that the function is traced on fake tensors, and torch is told of a GPU. The code is for fixed
-shapes; ``compile_block`` compiles for all, and may get other reductions. Takes 10 minutes. Triton must be installed; it
-comes with PyPI's torch for Linux.
+``DenseNet.compile_block`` compiles counts as the kernels in the code that Inductor makes for an H100, and their bytes
+for the full batch. For that the function is traced on fake tensors with symbolic shapes, as ``compile_block`` compiles
+it, and torch is told of a GPU. Takes 3 minutes. Triton must be installed; it comes with PyPI's torch for Linux.
 """
 
 import argparse
