@@ -56,9 +56,9 @@ def get_args_parser(description: str = "") -> Parser:
                             "less memory again, a little slower; no: by the textbook layers; auto: the fastest way "
                             "that fits into memory (default: %(default)s)")
     group.add_argument("--compile", action="store_true",
-                       help="compile the efficient block's functions with torch.compile, which takes 10 to 35 s at the "
-                            "start and on a CPU needs a C++ compiler. --efficient auto does so for long runs on CPUs "
-                            "with AVX-512")
+                       help="compile the efficient block's functions with torch.compile, which takes 15 to 35 s at the "
+                            "start and on a CPU needs a C++ compiler. --efficient auto does so for long runs in bf16 "
+                            "on CPUs with AVX-512 without memory for the textbook layers")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,

@@ -5,6 +5,7 @@ import copy
 import pickle
 import warnings
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_exact_in_float64_and_compiled_once(efficient, bottleneck, monkeypatch):
 
 def count_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_each_function_may_run_uncompiled_among_compiled_ones(monkeypatch):
+    """As it does beyond torch's limit of compiled versions."""
+    monkeypatch.setattr(densenet, "TILE", 2 * 64)
+    plain = densenet.tile_functions(False)
+    traced = {name: torch.compile(f, dynamic=True, backend="eager") for name, f in vars(plain).items() if callable(f)}
+    textbook, net = pair(True, growthRate=3, depth=10)
+    x, labels = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.randint(10, (5,))
+    expected, net.block_is_compiled = step(textbook.double(), x, labels), True
+    net.double()
+    buffers = copy.deepcopy(net.state_dict())
+    for name in traced:
+        functions = SimpleNamespace(**traced | {name: getattr(plain, name), "compiled": True})
+        monkeypatch.setattr(densenet, "tile_functions", lambda compiled, functions=functions: functions)
+        net.load_state_dict(buffers)
+        net.zero_grad()
+        assert_exact(expected, step(net, x, labels))
+        assert net.dense1.last_path == "compiled efficient"
 
 
 @pytest.mark.slow

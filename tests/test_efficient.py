@@ -77,7 +77,7 @@ def configuration(seed: int) -> dict:
                        dropRate=draw.choice([0.0, 0.0, 0.2, 0.5]), inChannels=draw.choice([1, 3])),
         n=draw.choice([1, 2, 5]), height=draw.choice([8, 9, 16, 21]), width=draw.choice([8, 11, 16]),
         momentum=draw.choice([0.1, 0.01, 1.0]), eps=draw.choice([1e-5, 1e-3]),
-        efficient=draw.choice([True, "max"]), channels_last=draw.random() < 0.5)
+        efficient=draw.choice([True, "max"]), channels_last=draw.random() < 0.5, tile=draw.choice([2 * 88, 16384]))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -89,6 +89,8 @@ def test_exact_in_float64(seed, monkeypatch):
         x = x.to(memory_format=torch.channels_last)
     labels = torch.randint(10, (c["n"],))
     inject_masks(monkeypatch)
+    if c["arguments"]["dropRate"] == 0:  # the masks would be others for several tiles
+        monkeypatch.setattr(densenet, "TILE", c["tile"])
     results = []
     for each in (textbook, net):
         for m in each.modules():
@@ -161,8 +163,10 @@ def test_dropout_drops_on_every_path(efficient):
     assert torch.equal(net(x), net(x))
 
 
-def test_dropout_with_torchs_own_masks_has_the_right_gradient():
+@pytest.mark.parametrize("tile", [64, 16384])  # three tiles in the first block, and one
+def test_dropout_with_torchs_own_masks_has_the_right_gradient(tile, monkeypatch):
     """By finite differences along a random direction, the masks held by the seed."""
+    monkeypatch.setattr(densenet, "TILE", tile)
     for efficient in (True, "max"):
         net = pair(efficient, growthRate=4, depth=16, dropRate=0.3)[1].double()
         x, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.randint(10, (3,))
@@ -198,6 +202,22 @@ def test_gradients_accumulate_and_frozen_parameters_stay():
         assert (p.grad is None) == (q[1].grad is None), key
         if p.grad is not None:
             assert relative(p.grad, q[1].grad) < 1e-9, key
+
+
+@pytest.mark.parametrize("tile", [64, 16384])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_gradients_are_of_their_parameters_dtype_and_can_be_changed_in_place(autocast, tile, monkeypatch):
+    monkeypatch.setattr(densenet, "TILE", tile)
+    net = DenseNet(growthRate=4, depth=10)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = net(torch.randn(4, 3, 8, 8)).sum()
+    parameters = [p for name, p in net.named_parameters() if "fc" not in name]  # torch's own are views there
+    gradients = torch.autograd.grad(loss, parameters)
+    assert paths(net) == ["efficient"] * 3
+    before = [gradient.clone() for gradient in gradients]
+    for p, gradient, value in zip(parameters, gradients, before, strict=True):
+        assert gradient.dtype == p.dtype and torch.equal(gradient, value)  # no other gradient's change has reached it
+        gradient.add_(p)
 
 
 @pytest.mark.parametrize("efficient", [True, False])

@@ -14,7 +14,7 @@ import densenet
 ALONE = ("densenet", "plot")  # they import nothing of the project, so that they can be copied anywhere
 DYNAMIC = ("importlib", "runpy", "imp", "pkgutil")  # could import a module that these tests do not see
 MAX_LINES = 450
-MAX_LINES_OF = {"densenet.py": 880}
+MAX_LINES_OF = {"densenet.py": 890}
 DOWNLOADS = ("load_state_dict_from_url", "get_state_dict")  # functions of torch.hub and torchvision that torch.load
 
 

@@ -100,10 +100,22 @@ def test_the_compiled_block_is_for_long_runs_without_memory_for_the_textbook_and
         flags, device, cpu, steps, path, monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: GB)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(memory, "has_cxx_compiler", lambda: True)
     args, _ = train.parse_args(flags.split())
     with torch.device("meta"):
         net = DenseNet()
     assert choose_path(args, net, 32, 0, args.batchSz, torch.device(device), steps).path == path
+
+
+def test_auto_compiles_only_with_a_cxx_compiler(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: GB)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    args, _ = train.parse_args(["--precision", "bf16"])
+    with torch.device("meta"):
+        net = DenseNet()
+    for command, path in (("python3", "compiled efficient"), ("no-such-command", "efficient")):
+        monkeypatch.setenv("CXX", command)
+        assert choose_path(args, net, 32, 0, 64, torch.device("cpu"), 10**6).path == path
 
 
 def test_ranks_that_share_a_machine_share_its_memory(monkeypatch):

@@ -4,9 +4,9 @@
     tests/benchmarks/cuda_code.py                  BC 100-12, batches of 64, in float32 and bf16
     tests/benchmarks/cuda_code.py --code FILE.py   also writes the code of the functions that torch.compile compiles
 
-Each operation of a step on the CPU, with settings as on a GPU (all images as one tile, the optimizer on lists of
-tensors), counts as one kernel, a convolution's gradients as two. It reads and writes each of its tensors once. The
-steps have 2 and 4 images, and bytes are extrapolated linearly to the batch size. A function that
+Each operation of a step on the CPU, with settings as on a GPU (all images as one tile, our weights in channels_last,
+the optimizer on lists of tensors), counts as one kernel, a convolution's gradients as two. It reads and writes each of
+its tensors once. The steps have 2 and 4 images, and bytes are extrapolated linearly to the batch size. A function that
 ``DenseNet.compile_block`` compiles counts as the kernels in the code that Inductor makes for an H100, and their bytes
 for the full batch. For that the function is traced on fake tensors with symbolic shapes, as ``compile_block`` compiles
 it, and torch is told of a GPU. Takes 3 minutes. Triton must be installed; it comes with PyPI's torch for Linux.
