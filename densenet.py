@@ -600,7 +600,7 @@ class EfficientBlock(torch.autograd.Function):
                 f, partial(conv_backward, layer[2]), dh, tiles(xhat[:, :c]), *layer[:2], tiles(G[:, :c]),
                 sums[:, :c].data, is_first=False) + grads  # written to, hence no view: see tiles
         dx = normalise_backward(f, tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sums[:, :c], m)
-        grads = [grad.data for grad in as_dtype(grads, gamma.dtype)]  # no views, which autograd lets no one change
+        grads = [grad.data for grad in as_dtype(grads, gamma.dtype)]  # no views: they could not be changed in place
         return joined([*dx]), None, *grads
 
 
