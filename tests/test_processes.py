@@ -131,15 +131,15 @@ def argv(images):
 @pytest.mark.slow
 def test_two_ranks_with_sync_bn_match_one_process_and_one_process_can_resume_them(tmp_path, capfd):
     images = cut_sample(tmp_path / "images", train=159)  # the last batch has 31: one rank has an image more
-    more = ["--data", images, *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4"]
+    # a rate at which no ReLU changes sides by rounding, from where on two runs drift apart
+    more = ["--data", images, *SMALL, "--no-cuda", "--no-augment", "--nEpochs", "4", "--lr", "0.03"]
     out = finished(torchrun(ROOT / "train.py", *more, "--syncBN", "--save", tmp_path / "two"))
     assert "Warning" not in out and out.count("epoch 4/4") == 1
     assert train.main([*more, "--save", str(tmp_path / "one")]) == 0
     one, two = (table(tmp_path / name / "train.csv") for name in ("one", "two"))
     assert len(one) == 20
     assert one[:, 0].equal(two[:, 0])
-    torch.testing.assert_close(two[:10, 1], one[:10, 1], rtol=1e-4, atol=0)
-    torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-2, atol=0)  # rounding grows where a ReLU changes sides
+    torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-4, atol=0)
     assert (two[0, 1] - one[0, 1]).abs() < 1.5e-6  # one in the last of the CSVs' seven digits
     for name in ("one", "two"):
         assert abs(table(tmp_path / name / "test.csv")[-1, 1] - table(tmp_path / "one/test.csv")[-1, 1]) < 1e-3
