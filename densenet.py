@@ -163,7 +163,7 @@ class DenseNet(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """-> the pooled features (N, C) that the classifier reads; shapes in comments: BC 100-12 on CIFAR"""
-        self._check_input(x)
+        self.check_input(x)
         x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
         if not self.arguments["smallInputs"]:
             x = F.max_pool2d(F.relu(self.bn0(x)), kernel_size=3, stride=2, padding=1)
@@ -175,7 +175,8 @@ class DenseNet(nn.Module):
         x = self.get_submodule(f"dense{self.nBlocks}")(x)  # -> (N, 342, 8, 8)
         return F.relu(self.bn1(x)).mean((2, 3))  # -> (N, 342)
 
-    def _check_input(self, x: torch.Tensor) -> None:
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raises ValueError if x has another number of channels, or is smaller than the network's transitions need."""
         stem = self.conv1
         if type(stem) is not nn.Conv2d or isinstance(x, torch.fx.Proxy):
             return  # a replaced stem checks its own input; a symbolic trace has no shapes
