@@ -477,7 +477,9 @@ class EfficientBlock(torch.autograd.Function):
         G[:C_l] += gamma_l da_l
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
-    A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass: xhat, each
+    The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over l of gamma_l dbeta_l and of
+    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass:
+    xhat, each
     bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
 
     Schlüter shared xhat before, with a scale and shift per layer (Lasagne/Recipes, densenet_fast.py, 2016); Jung et
@@ -503,7 +505,7 @@ class EfficientBlock(torch.autograd.Function):
             if spec.bottleneck:
                 hhat, mean2, var2, rstd2 = normalise(h, gamma.dtype, spec.eps)
                 inner += mean2, var2
-                h = drop(conv(layer[5], affine_relu(hhat, *layer[3:5])), spec.dropRate, row)
+                h = drop(relu_then(partial(conv, layer[5]), hhat, *layer[3:5]), spec.dropRate, row)
                 row += rstd2, mean2 if spec.recompute else hhat
             new = slice(c, c + h.shape[1])
             xhat[:, new], *of_new = normalise(h, gamma.dtype, spec.eps)
@@ -538,26 +540,32 @@ class EfficientBlock(torch.autograd.Function):
         size = len(kept) // len(layers)
         rows = [[*kept[i * size:(i + 1) * size]] for i in range(len(layers))]
 
-        G = torch.zeros_like(xhat, dtype=gamma.dtype)
-        grads = relu_then_backward(partial(pool_backward, spec.pool), dout, xhat, gamma, beta, G)
+        G = torch.empty_like(xhat, dtype=gamma.dtype)
+        sum_G, sum_Gxhat = torch.zeros_like(gamma), torch.zeros_like(gamma)  # over N, H and W
+        dgamma, dbeta = relu_then_backward(partial(pool_backward, spec.pool), dout, xhat, gamma, beta, G, is_first=True)
+        grads = [dgamma, dbeta]
+        sum_G.addcmul_(dbeta, gamma), sum_Gxhat.addcmul_(dgamma, gamma)
         for layer, row in zip(reversed(layers), reversed(rows), strict=True):
             c = len(layer[0])  # channels that the layer reads
             new = slice(c, c + len(layer[-1]))
-            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new])[0].to(xhat.dtype)
+            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sum_G[new], sum_Gxhat[new])
             if spec.bottleneck:
                 hhat, rstd2 = row.pop(), row.pop()
                 dh = undrop(dh, spec.dropRate, row)
                 if spec.recompute:
-                    mean2 = hhat
                     h = relu_then(partial(conv, layer[2]), xhat[:, :c], *layer[:2])
-                    hhat = standardise(undrop(h, spec.dropRate, row[:]), mean2, rstd2)
-                a = affine_relu(hhat, *layer[3:5])
-                da, dweight = conv_backward(layer[5], dh, a)
-                dh, dgamma, dbeta = relu_normalise_backward(da, a, hhat, layer[3], rstd2)
+                    hhat = standardise(undrop(h, spec.dropRate, row[:]), hhat, rstd2)  # in its place mean2 was kept
+                G2 = torch.empty_like(hhat, dtype=gamma.dtype)
+                dgamma, dbeta, dweight = relu_then_backward(partial(conv_backward, layer[5]), dh, hhat, *layer[3:5], G2,
+                                                            is_first=True)
                 grads = [dgamma, dbeta, dweight, *grads]
+                dh = normalise_backward(G2, hhat, rstd2, dbeta * layer[3], dgamma * layer[3])
             dh = undrop(dh, spec.dropRate, row)
-            grads = relu_then_backward(partial(conv_backward, layer[2]), dh, xhat[:, :c], *layer[:2], G[:, :c]) + grads
-        dx, _, _ = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c])
+            dgamma, dbeta, dweight = relu_then_backward(partial(conv_backward, layer[2]), dh, xhat[:, :c], *layer[:2],
+                                                        G[:, :c])
+            grads = [dgamma, dbeta, dweight, *grads]
+            sum_G[:c].addcmul_(dbeta, layer[0]), sum_Gxhat[:c].addcmul_(dgamma, layer[0])
+        dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sum_G[:c], sum_Gxhat[:c])
         return dx, None, *(grad.to(gamma.dtype) for grad in grads)
 
 
@@ -569,7 +577,7 @@ def split_layers(parameters, spec):
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
 
 
-# --- these read all C_l channels, so a CPU computes them in tiles of a few images, which stay in its cache ---
+# --- a CPU computes these in tiles of a few images, which stay in its cache ---
 
 def tiles(x):
     """-> the tensor in tiles of whole images; on a GPU, which gains nothing by tiles, in one"""
@@ -583,57 +591,57 @@ def relu_then(function, xhat, gamma, beta):
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def relu_then_backward(vjp, dout, xhat, gamma, beta, G):
+def relu_then_backward(vjp, dout, xhat, gamma, beta, G, is_first=False):
     """Backward of ``relu_then``: ``vjp(dout, a)``, the function's vector-Jacobian product, returns da, and dweight if
-    it has a weight. Adds gamma da to G. -> [dgamma, dbeta, dweight]"""
+    it has a weight. Adds gamma da to G, or writes it there if ``is_first``. -> [dgamma, dbeta, dweight]"""
     parts, n = [], len(tiles(xhat))
     for d, tile, g in zip(dout.tensor_split(n), tiles(xhat), tiles(G), strict=True):
         a = affine_relu(tile, gamma, beta)
         da, *dweight = vjp(d, a)
         # sums over tiles have the parameters' dtype: bfloat16 would round each addition
-        parts.append([*relu_backward(da, a, tile, gamma, g), *(d.to(gamma.dtype) for d in dweight)])
+        parts.append([*relu_backward(da, a, tile, gamma, g, is_first), *(d.to(gamma.dtype) for d in dweight)])
     return [sum(values[1:], start=values[0]) for values in zip(*parts, strict=True)]
 
 
-# --- pure functions: these are what compile_block compiles ---
+# --- pure functions, which compile_block can compile ---
 
 def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def relu_backward(da, a, xhat, gamma, G):
-    """Adds gamma da to G, where da becomes zero where a is zero. -> dgamma, dbeta: the sums of da xhat and of da"""
-    da = torch.ops.aten.threshold_backward(da, a, 0).to(gamma.dtype)
-    G.addcmul_(da, column(gamma))
+def relu_backward(da, a, xhat, gamma, G, is_first):
+    """Makes da zero where a is zero, in place. Adds gamma da to G, or writes it there if ``is_first``.
+
+    -> dgamma and dbeta, the sums of da xhat and of da
+    """
+    da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)
+    if is_first:
+        torch.mul(da, column(gamma), out=G)
+    else:
+        G.addcmul_(da, column(gamma))
     return (da * xhat).sum((2, 3)).sum(0), da.sum((2, 3)).sum(0)  # in two steps: over all three is slow on a CPU
 
 
 def normalise(x, dtype, eps):
     """-> xhat; mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps) over N, H and W, each (C,)"""
-    ones, zeros, mean, var = statistics = x.new_zeros(4, x.shape[1], dtype=dtype)
-    statistics[0] = 1
+    ones, zeros, mean, var = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (1, 0, 0, 0))
     # with momentum 1 the "running" statistics become those of this batch
     xhat, _, rstd = torch.native_batch_norm(x, ones, zeros, mean, var, True, 1.0, eps)
     return xhat, mean, var, rstd
 
 
-def normalise_backward(G, xhat, scale):
-    """-> scale (G - mean(G) - xhat mean(G xhat)); the sums of G xhat and of G"""
-    G, xhat = (v.to(G.dtype).contiguous(memory_format=torch.channels_last) for v in (G, xhat))
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)  # xhat has mean 0 and variance 1
-    return torch.ops.aten.native_batch_norm_backward(G, xhat, scale, None, None, zeros, ones, True, 0.0, (True,) * 3)
-
-
-def relu_normalise_backward(da, a, hhat, gamma, rstd):
-    """Backward of a = relu(gamma hhat + beta) and of hhat's normalisation. -> dh, dgamma, dbeta"""
-    return normalise_backward(torch.ops.aten.threshold_backward(da, a, 0), hhat, gamma * rstd)
+def normalise_backward(G, xhat, rstd, sum_G, sum_Gxhat):
+    """-> rstd (G - mean(G) - xhat mean(G xhat))"""
+    scale = rstd / -(G.numel() // G.shape[1])
+    dx = torch.addcmul(column(sum_G * scale), G, column(rstd))
+    return dx.addcmul_(xhat, column(sum_Gxhat * scale)).to(xhat.dtype)
 
 
 def standardise(h, mean, rstd):
     return torch.addcmul(column(-mean * rstd), h, column(rstd)).to(h.dtype)
 
 
-COMPILED = ("affine_relu", "relu_backward", "normalise", "normalise_backward", "relu_normalise_backward", "standardise")
+COMPILED = ("affine_relu", "relu_backward", "normalise", "normalise_backward", "standardise")
 
 
 def compile_block() -> None:
