@@ -571,8 +571,7 @@ class EfficientBlock(torch.autograd.Function):
 
 def split_layers(parameters, spec):
     """-> (gamma, beta, weight) of each layer, with bottleneck twice; at the end (gamma, beta) of the last norm"""
-    # detached: torch.compile takes the shape of each nn.Parameter as a constant, and would compile for every layer
-    parameters = [p.detach().to(spec.dtype) if p.dim() == 4 else p.detach() for p in parameters]
+    parameters = [p.to(spec.dtype) if p.dim() == 4 else p for p in parameters]  # weights of convolutions
     size = 6 if spec.bottleneck else 3
     return [parameters[i:i + size] for i in range(0, len(parameters), size)]
 
@@ -603,7 +602,7 @@ def relu_then_backward(vjp, dout, xhat, gamma, beta, G, is_first=False):
     return [sum(values[1:], start=values[0]) for values in zip(*parts, strict=True)]
 
 
-# --- pure functions, which compile_block can compile ---
+# --- element-wise functions and batch norm ---
 
 def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
@@ -640,22 +639,6 @@ def normalise_backward(G, xhat, rstd, sum_G, sum_Gxhat):
 def standardise(h, mean, rstd):
     return torch.addcmul(column(-mean * rstd), h, column(rstd)).to(h.dtype)
 
-
-COMPILED = ("affine_relu", "relu_backward", "normalise", "normalise_backward", "standardise")
-
-
-def compile_block() -> None:
-    """Compiles the functions above with ``torch.compile``, for all networks of this process.
-
-    A training step computes the same then, up to rounding. The first step takes some 20 seconds longer; on a CPU it
-    needs a C++ compiler, and raises torch's own error without.
-    """
-    for name in COMPILED:
-        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # not yet compiled
-            globals()[name] = torch.compile(globals()[name], dynamic=True, options={"split_reductions": False})
-
-
-# --- and the rest -----------------------------------------------------------------------------------------------
 
 def column(v):
     """(C,) -> (C, 1, 1), which broadcasts over (N, C, H, W)"""

@@ -82,8 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     if not saved:
         about_images |= load_initial_weights(net, args, world)
     net.efficient = choose_efficient(args, device, saved)
-    if args.compile and net.efficient:
-        densenet.compile_block()
     if args.syncBN and world.size > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device)
