@@ -28,6 +28,7 @@ killed, a whole one is on disk. best.pth is the best epoch's, with --valSize.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -208,8 +209,10 @@ class Run:
             copy(self.path / LATEST, self.path / BEST)
 
     def write(self, state: dict[str, Any], keep_previous: bool) -> None:
+        content = io.BytesIO()  # torch's own writing to a full disk ends in an error that does not say so
+        torch.save(on_cpu(state), content)
         with replacing(self.path / LATEST) as file:
-            torch.save(on_cpu(state), file)
+            file.write(content.getbuffer())
             if keep_previous:
                 copy(self.path / LATEST, self.path / PREVIOUS)
 
