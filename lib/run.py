@@ -75,7 +75,7 @@ class Run:
             RunError: if a run exists and neither flag is set, if none of its checkpoints can be used, if another
                 process uses it, or if a file that a new run would overwrite is not from a run.
         """
-        found = [name for name in FILES if os.path.lexists(self.path / name)]
+        found = self.files()
         if not found:
             return None
         self.lock()
@@ -102,6 +102,13 @@ class Run:
         if saved.get("valImages") and saved["best"] and saved["best"]["epoch"] != saved["epoch"]:
             self.read_best(saved["best"]["epoch"])  # needed at the end: refuse the run now rather than then
         return saved
+
+    def files(self) -> list[str]:
+        """-> the names of a run's files that are there, but for empty CSVs, which a killed start may leave"""
+        def is_empty(path: Path) -> bool:
+            return path.name in CSVS and path.is_file() and path.stat().st_size == 0
+
+        return [name for name in FILES if os.path.lexists(self.path / name) and not is_empty(self.path / name)]
 
     def lock(self) -> None:
         """Keeps other processes out until this one ends."""
@@ -160,7 +167,7 @@ class Run:
         """
         if self.lock_file is None:
             self.lock()
-            if any(os.path.lexists(self.path / name) for name in FILES):
+            if self.files():
                 raise RunError(f"--save {self.path}: another process has begun a run there")
         names = [name for name in CSVS if name != "val.csv" or state["valImages"]]
         for name in names:
