@@ -323,7 +323,7 @@ def choose_efficient(args: argparse.Namespace, device: torch.device, saved: dict
     """-> DenseNet's argument ``efficient``; a resumed run keeps its own"""
     if saved and "efficient" in saved:
         return saved["efficient"]
-    if saved:  # of version 1.1, which names the path of the block
+    if saved and "path" in saved:  # of version 1.1, which names the path of the block
         return {"textbook": False, "max": "max", "compiled max": "max"}.get(saved["path"], True)
     fits_best = device.type == "cpu" and args.precision == "fp32"  # measured: the textbook layers are faster elsewhere
     return {"auto": fits_best, "yes": True, "no": False, "max": "max"}[args.efficient]

@@ -48,6 +48,8 @@ CSVS = ("train.csv", "val.csv", "test.csv")
 CSV_HEADER = b"epoch,loss,error\n"
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 FILES = (LATEST, PREVIOUS, BEST, "run.json", *CSVS, *FIGURES)
+NEEDED = ("flags", "arguments", "mean", "std", "classes", "trainImages", "valImages", "testImages", "scheduleEpochs",
+          "epoch", "best", "val", "test", "csvLengths", "model", "optimizer")  # version 1 did not write all others
 PROGRESS = ("epoch", "best", "val", "test", "csvLengths", "csvDigests", "model", "optimizer")  # not in run.json
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
@@ -131,7 +133,10 @@ class Run:
         sound = []
         for name in names:
             try:
-                sound.append(read_checkpoint(self.path / name))
+                checkpoint = read_checkpoint(self.path / name)
+                if missing := [key for key in NEEDED if key not in checkpoint]:
+                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: it has no {missing[0]}")
+                sound.append(checkpoint)
             except ForeignFile as error:
                 raise RunError(f"{error}; move it, or name another directory by --save") from None
             except (OSError, ValueError):  # missing or damaged
