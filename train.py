@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
                              "torch": str(torch.__version__), "python": platform.python_version()},
              "arguments": net.arguments, "parameters": sum(p.numel() for p in net.parameters()),
              "efficient": net.efficient, **about_images, "scheduleEpochs": args.nEpochs, "epoch": 0, "best": None,
-             "val": None, "test": None, "csvLengths": {}}
+             "val": None, "test": None, "csvLengths": {}, "csvDigests": {}}
     if saved:
         state |= load_checkpoint(saved, net, optimizer, settings, args)
     batches = {part: Batches(found, state["mean"], state["std"], device, args.border) for part, found in images.items()}
@@ -321,7 +321,7 @@ def choose_efficient(args: argparse.Namespace, device: torch.device, saved: dict
     """-> DenseNet's argument ``efficient``; a resumed run keeps its own"""
     if saved and "efficient" in saved:
         return saved["efficient"]
-    if saved:  # of version 1.1, which names the path of the block
+    if saved and "path" in saved:  # of version 1.1, which names the path of the block
         return {"textbook": False, "max": "max", "compiled max": "max"}.get(saved["path"], True)
     fits_best = device.type == "cpu" and args.precision == "fp32"  # measured: the textbook layers are faster elsewhere
     return {"auto": fits_best, "yes": True, "no": False, "max": "max"}[args.efficient]
@@ -347,6 +347,7 @@ def load_checkpoint(saved: dict[str, Any], net: densenet.DenseNet, optimizer: to
         optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         progress = {name: saved[name] for name in ("scheduleEpochs", "mean", "std", "epoch", "best", "val", "test",
                                                    "csvLengths")}
+        progress["csvDigests"] = saved.get("csvDigests", {})
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"the checkpoint in {args.save} does not fit its flags ({densenet.one_line(error)})") from None
     for parameter, moments in optimizer.state.items():  # in the parameters' memory format, else steps are slow

@@ -163,17 +163,20 @@ def saved_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def restore(checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
-    """-> the flags of a checkpoint's run. Raises ValueError for flags that this version does not know."""
-    args = get_args_parser().parse_args([])
+    """-> the flags of a checkpoint's run. Raises ValueError for flags that the command line would refuse."""
     flags = checkpoint.get("flags")
     if not isinstance(flags, dict):
         raise ValueError(f"{file} has no flags of train.py")
+    words = []
     for name, value in flags.items():
-        if name in vars(args):
-            setattr(args, name, value)
-        elif value and name != "compile":  # of version 1.1: the same function, to rounding
-            raise ValueError(f"{file} has {flag(name, value)}, which this train.py does not know")
-    return fill_in_defaults(args)
+        if isinstance(value, list):
+            words += [flag(name), *map(str, value)]
+        elif value is not None and value is not False and name != "compile":  # of 1.1: the same function, to rounding
+            words.append(flag(name, value))
+    try:
+        return fill_in_defaults(get_args_parser().parse_args(words))
+    except ValueError as error:
+        raise ValueError(f"{file} was made with flags that this train.py does not know: {error}") from None
 
 
 def resumed_args(args: argparse.Namespace, explicit: dict[str, Any], saved: dict[str, Any]) -> argparse.Namespace:

@@ -28,6 +28,7 @@ killed, a whole one is on disk. best.pth is the best epoch's, with --valSize.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -47,6 +48,8 @@ CSVS = ("train.csv", "val.csv", "test.csv")
 CSV_HEADER = b"epoch,loss,error\n"
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 FILES = (LATEST, PREVIOUS, BEST, "run.json", *CSVS, *FIGURES)
+NEEDED = ("flags", "arguments", "mean", "std", "classes", "trainImages", "valImages", "testImages", "scheduleEpochs",
+          "epoch", "best", "val", "test", "csvLengths", "model", "optimizer")  # version 1 did not write all others
 PROGRESS = ("epoch", "best", "val", "test", "csvLengths", "csvDigests", "model", "optimizer")  # not in run.json
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
@@ -74,7 +77,7 @@ class Run:
             RunError: if a run exists and neither flag is set, if none of its checkpoints can be used, if another
                 process uses it, or if a file that a new run would overwrite is not from a run.
         """
-        found = [name for name in FILES if os.path.lexists(self.path / name)]
+        found = self.files()
         if not found:
             return None
         self.lock()
@@ -102,6 +105,13 @@ class Run:
             self.read_best(saved["best"]["epoch"])  # needed at the end: refuse the run now rather than then
         return saved
 
+    def files(self) -> list[str]:
+        """-> the names of a run's files that are there, but for empty CSVs, which a killed start may leave"""
+        def is_empty(path: Path) -> bool:
+            return path.name in CSVS and path.is_file() and path.stat().st_size == 0
+
+        return [name for name in FILES if os.path.lexists(self.path / name) and not is_empty(self.path / name)]
+
     def lock(self) -> None:
         """Keeps other processes out until this one ends."""
         try:
@@ -123,7 +133,10 @@ class Run:
         sound = []
         for name in names:
             try:
-                sound.append(read_checkpoint(self.path / name))
+                checkpoint = read_checkpoint(self.path / name)
+                if missing := [key for key in NEEDED if key not in checkpoint]:
+                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: it has no {missing[0]}")
+                sound.append(checkpoint)
             except ForeignFile as error:
                 raise RunError(f"{error}; move it, or name another directory by --save") from None
             except (OSError, ValueError):  # missing or damaged
@@ -159,7 +172,7 @@ class Run:
         """
         if self.lock_file is None:
             self.lock()
-            if any(os.path.lexists(self.path / name) for name in FILES):
+            if self.files():
                 raise RunError(f"--save {self.path}: another process has begun a run there")
         names = [name for name in CSVS if name != "val.csv" or state["valImages"]]
         for name in names:
@@ -208,8 +221,10 @@ class Run:
             copy(self.path / LATEST, self.path / BEST)
 
     def write(self, state: dict[str, Any], keep_previous: bool) -> None:
+        content = io.BytesIO()  # torch's own writing to a full disk ends in an error that does not say so
+        torch.save(on_cpu(state), content)
         with replacing(self.path / LATEST) as file:
-            torch.save(on_cpu(state), file)
+            file.write(content.getbuffer())
             if keep_previous:
                 copy(self.path / LATEST, self.path / PREVIOUS)
 
