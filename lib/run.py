@@ -135,7 +135,7 @@ class Run:
             try:
                 checkpoint = read_checkpoint(self.path / name)
                 if missing := [key for key in NEEDED if key not in checkpoint]:
-                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: it has no {missing[0]}")
+                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: no {missing[0]}")
                 sound.append(checkpoint)
             except ForeignFile as error:
                 raise RunError(f"{error}; move it, or name another directory by --save") from None
