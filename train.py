@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     if saved:
         state |= load_checkpoint(saved, net, optimizer, settings, args)
     batches = {part: Batches(found, state["mean"], state["std"], device, args.border) for part, found in images.items()}
+    del images  # batches hold them
     step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
 
     if world.rank == 0:
