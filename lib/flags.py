@@ -176,7 +176,7 @@ def restore(checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
     for name, value in flags.items():
         if isinstance(value, list):
             words += [flag(name), *map(str, value)]
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words.append(flag(name, value))
     try:
         return fill_in_defaults(get_args_parser().parse_args(words))
