@@ -118,15 +118,15 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(self.path / ".lock", "a+b")  # noqa: SIM115 (open until the end)
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock_file.truncate(0)
+            self.lock_file.write(f"{os.getpid()}\n".encode())
+            self.lock_file.flush()
         except BlockingIOError:
             self.lock_file.seek(0)
             pid = self.lock_file.read(32).decode(errors="replace").strip()
             raise RunError(f"--save {self.path} is in use by process {pid}") from None
         except OSError as error:
             raise RunError(f"--save {self.path}: {error.strerror}") from None
-        self.lock_file.truncate(0)
-        self.lock_file.write(f"{os.getpid()}\n".encode())
-        self.lock_file.flush()
 
     def read(self, *names: str) -> list[dict[str, Any]]:
         """-> those of these checkpoints that are there and undamaged"""
@@ -135,7 +135,7 @@ class Run:
             try:
                 checkpoint = read_checkpoint(self.path / name)
                 if missing := [key for key in NEEDED if key not in checkpoint]:
-                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: no {missing[0]}")
+                    raise ForeignFile(f"{self.path / name} is no checkpoint of this train.py: it has no {missing[0]}")
                 sound.append(checkpoint)
             except ForeignFile as error:
                 raise RunError(f"{error}; move it, or name another directory by --save") from None
