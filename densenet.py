@@ -542,7 +542,7 @@ class EfficientBlock(torch.autograd.Function):
         for layer, row in zip(reversed(layers), reversed(rows), strict=True):
             c = len(layer[0])  # channels that the layer reads
             new = slice(c, c + len(layer[-1]))
-            dh, _, _ = normalise_backward(G[:, new], xhat[:, new], rstd[new])
+            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new])[0].to(xhat.dtype)
             if spec.bottleneck:
                 hhat, rstd2 = row.pop(), row.pop()
                 dh = undrop(dh, spec.dropRate, row)
