@@ -696,14 +696,18 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
     blocks = [net.get_submodule(f"dense{b}") for b in range(1, net.nBlocks + 1)]
     transitions = [net.get_submodule(f"trans{b}") for b in range(1, net.nBlocks)]
     layers = [layer for block in blocks for layer in block.children()]
+    if not ({type(block) for block in blocks} == {nn.Sequential} and {type(t) for t in transitions} <= {Transition}
+            and all(map(len, blocks)) and {type(layer) for layer in layers} in ({Bottleneck}, {SingleLayer})):
+        return False
+    bottlenecks = layers if type(layers[0]) is Bottleneck else []
     last, scale = net.bn1, 2 ** len(transitions)
-    modules = [module for part in (*blocks, *transitions, last) for module in part.modules()]
-    norms, convs = ([m for m in modules if isinstance(m, kind)] for kind in (nn.BatchNorm2d, nn.Conv2d))
+    norms = [m.bn1 for m in (*layers, *transitions)] + [m.bn2 for m in bottlenecks] + [last]
+    pointwise = [m.conv1 for m in (*bottlenecks, *transitions)]
+    spatial = [m.conv2 for m in bottlenecks] or [m.conv1 for m in layers]
+    modules = [*blocks, *layers, *transitions, *norms, *pointwise, *spatial]
     parameters = [p for m in modules for p in m.parameters(recurse=False)]
     return (
-        {type(block) for block in blocks} == {nn.Sequential} and {type(t) for t in transitions} <= {Transition}
-        and all(map(len, blocks)) and {type(layer) for layer in layers} in ({Bottleneck}, {SingleLayer})
-        and {type(m) for m in modules} - {nn.Sequential, nn.BatchNorm2d, nn.Conv2d} <= {type(layers[0]), Transition}
+        {type(m) for m in norms} == {nn.BatchNorm2d} and {type(m) for m in (*pointwise, *spatial)} == {nn.Conv2d}
         and all(m.training and vars(m).keys().isdisjoint(class_attributes(type(m))) for m in modules)
         and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                     for m in modules)
@@ -711,8 +715,8 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
                 and m.num_batches_tracked is not None and m.momentum is not None
                 and (m.momentum, m.eps) == (last.momentum, last.eps) for m in norms)
         and all(type(m.weight) is nn.Parameter and m.bias is None and m.stride == m.dilation == (1, 1) and m.groups == 1
-                and m.padding == tuple(size // 2 for size in m.kernel_size) and m.padding_mode == "zeros"
-                for m in convs)
+                and m.kernel_size == (size, size) and m.padding == (size // 2, size // 2) and m.padding_mode == "zeros"
+                for convs, size in ((pointwise, 1), (spatial, 3)) for m in convs)
         and len({m.dropRate for m in (*layers, *transitions)}) == 1 and 0 <= layers[0].dropRate < 1
         and all(p.device == x.device and p.dtype == last.weight.dtype for p in parameters)
         and last.weight.dtype in (torch.float32, torch.float64)
