@@ -145,7 +145,7 @@ class DenseNet(nn.Module):
                 nOutChannels = math.floor(nChannels * reduction)
                 if nOutChannels < 1:
                     raise ValueError(f"reduction is {reduction}, which leaves none of the {nChannels} channels after "
-                                     f"block {b}; valid is {1 / nChannels:.3g} to 1")
+                                     f"block {b}; valid is 1/{nChannels} to 1")
                 self.add_module(f"trans{b}", Transition(nChannels, nOutChannels, dropRate))
                 nChannels = nOutChannels
         self.bn1 = nn.BatchNorm2d(nChannels)
@@ -379,7 +379,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not (isinstance(state_dict, Mapping) and all(torch.is_tensor(value) for value in state_dict.values())):
         raise ValueError(f"the weights are a {type(state_dict).__name__}; valid is a dict of names and tensors")
     shared = all(name.startswith("module.") for name in state_dict)
-    names = {"features.conv0": "conv1", "features.norm0": "bn0", "features.norm5": "bn1", "classifier": "fc"}
+    names = {"features.conv0": "conv1", "features.norm0": "bn0", "features.norm5": "bn1"}
     ours = {}
     for name, value in state_dict.items():
         name = name.removeprefix("module.") if shared else name
@@ -389,6 +389,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         name = re.sub(r"^features\.transition(\d+)\.(norm|conv)",
                       lambda m: f"trans{m[1]}.{m[2].replace('norm', 'bn')}1", name)
         name = re.sub(r"^block(\d+)\.layer\.", r"dense\1.", name)
+        name = re.sub(r"^classifier\.", "fc.", name)  # also of several layers, as classifier.0
         module, dot, rest = name.rpartition(".")
         ours[names.get(module, module) + dot + rest] = value
     return ours
