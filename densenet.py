@@ -497,18 +497,18 @@ class EfficientBlock(torch.autograd.Function):
         c = x.shape[1]
         xhat = torch.empty((len(x), len(gamma), *x.shape[2:]), dtype=spec.dtype, device=x.device,
                            memory_format=torch.channels_last)
-        xhat[:, :c], *statistics = normalise(x, gamma.dtype, spec.eps)
+        xhat[:, :c], *statistics = normalise(x, spec.dtype, spec.eps)
         statistics, inner, kept = [statistics], [], []
         for stages in layers:
             row = []  # what this layer keeps
             h = drop(relu_then(xhat[:, :c], *stages[0]), spec.dropRate, row)  # (N, 4k, H, W), k without bottleneck
             if spec.bottleneck:
-                hhat, mean2, var2, rstd2 = normalise(h, gamma.dtype, spec.eps)
+                hhat, mean2, var2, rstd2 = normalise(h, spec.dtype, spec.eps)
                 inner += mean2, var2
                 h = drop(relu_then(hhat, *stages[1]), spec.dropRate, row)  # (N, k, H, W)
                 row += mean2 if spec.recompute else hhat, rstd2
             new = slice(c, c + h.shape[1])
-            xhat[:, new], *of_new = normalise(h, gamma.dtype, spec.eps)
+            xhat[:, new], *of_new = normalise(h, spec.dtype, spec.eps)
             statistics.append(of_new)
             c = new.stop
             kept += row
@@ -566,7 +566,7 @@ class EfficientBlock(torch.autograd.Function):
         rstd, hhat = row.pop(), row.pop()
         dh = undrop(dh, spec.dropRate, row)
         if spec.recompute:  # where hhat is otherwise, the mean was kept
-            hhat = standardise(undrop(relu_then(xhat, *first), spec.dropRate, row[:]), hhat, rstd)
+            hhat = standardise(undrop(relu_then(xhat, *first), spec.dropRate, row[:]), hhat, rstd, spec.dtype)
         G = torch.empty_like(hhat, dtype=last.gamma.dtype)
         dgamma, dbeta, dweight = relu_then_backward(dh, hhat, *last, G, is_first=True)
         dh = normalise_backward(G, hhat, rstd, last.gamma * dbeta, last.gamma * dgamma)
@@ -598,10 +598,13 @@ def tiles(x):
     return x.tensor_split(-(-n // max(1, TILE // (height * width)))) if x.device.type == "cpu" else [x]
 
 
+def joined(parts):
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def relu_then(xhat, gamma, beta, reader):
     """-> what ``reader`` makes of a = relu(gamma xhat + beta): a convolution's weight or the size of a pooling"""
-    parts = [read(reader, affine_relu(tile, gamma, beta)) for tile in tiles(xhat)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return joined([read(reader, affine_relu(tile, gamma, beta)) for tile in tiles(xhat)])
 
 
 def relu_then_backward(dout, xhat, gamma, beta, reader, G, is_first=False):
@@ -650,22 +653,31 @@ def relu_backward(da, a, xhat, gamma, G, is_first):
 
 
 def normalise(x, dtype, eps):
-    """-> xhat; mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps) over N, H and W, each (C,)"""
-    ones, zeros, mean, var = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (1, 0, 0, 0))
-    # with momentum 1 the "running" statistics become those of this batch
-    xhat, _, rstd = torch.native_batch_norm(x, ones, zeros, mean, var, True, 1.0, eps)
-    return xhat, mean, var, rstd
+    """-> xhat in ``dtype``; mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps) over N, H and W"""
+    means, variances = (torch.cat(v) for v in zip(*map(image_moments, tiles(x)), strict=True))
+    mean, m = means.mean(0), x.numel() // x.shape[1]
+    var = (variances + (means - mean).square()).mean(0)  # an image's variance is about its own mean
+    rstd = (var + eps).rsqrt()
+    return standardise(x, mean, rstd, dtype), mean, var * (m / (m - 1)), rstd
+
+
+def image_moments(x):
+    """-> mean and biased variance of each image and channel, (N, C)"""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.mean((2, 3), keepdim=True)
+    return mean[:, :, 0, 0], (x - mean).pow_(2).mean((2, 3))
+
+
+def standardise(x, mean, rstd, dtype):
+    return joined([torch.addcmul(column(-mean * rstd), tile, column(rstd)).to(dtype) for tile in tiles(x)])
 
 
 def normalise_backward(G, xhat, rstd, sum_G, sum_Gxhat):
     """-> rstd (G - mean(G) - xhat mean(G xhat))"""
-    scale = rstd / -(G.numel() // G.shape[1])
-    dx = torch.addcmul(column(sum_G * scale), G, column(rstd))
-    return dx.addcmul_(xhat, column(sum_Gxhat * scale)).to(xhat.dtype)
-
-
-def standardise(h, mean, rstd):
-    return torch.addcmul(column(-mean * rstd), h, column(rstd)).to(h.dtype)
+    m = G.numel() // G.shape[1]
+    shift, slope, rstd = column(sum_G * rstd / -m), column(sum_Gxhat * rstd / -m), column(rstd)
+    return joined([torch.addcmul(shift, g, rstd).addcmul_(tile, slope).to(xhat.dtype)
+                   for g, tile in zip(tiles(G), tiles(xhat), strict=True)])
 
 
 def column(v):
