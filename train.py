@@ -82,8 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     if not saved:
         about_images |= load_initial_weights(net, args, world)
     net.efficient = choose_efficient(args, device, saved)
-    if args.compile and net.efficient:
-        densenet.compile_block()
     if args.syncBN and world.size > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device)
@@ -99,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     if saved:
         state |= load_checkpoint(saved, net, optimizer, settings, args)
     batches = {part: Batches(found, state["mean"], state["std"], device, args.border) for part, found in images.items()}
+    del images  # batches hold them
     step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
 
     if world.rank == 0:

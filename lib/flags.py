@@ -59,9 +59,6 @@ def get_args_parser(description: str = "") -> Parser:
                        help="how dense blocks are computed in training. yes: in a sixth of the memory; max: in a "
                             "twentieth, a little slower; no: by the textbook layers; auto: yes on a CPU in fp32, else "
                             "no, which is the fastest there (default: %(default)s)")
-    group.add_argument("--compile", action="store_true",
-                       help="compile the functions of --efficient yes or max with torch.compile: about 20 s at the "
-                            "start; on a CPU it needs a C++ compiler")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
@@ -132,8 +129,6 @@ def parse_args(argv: list[str] | None, description: str = "") -> tuple[argparse.
         raise ValueError(f"--imageSize {args.imageSize}: --dataset {args.dataset} has its own size; valid with folder")
     if args.dataset != "svhn" and args.extra:
         raise ValueError(f"--extra: --dataset {args.dataset} has no extra images; valid with svhn")
-    if args.compile and args.efficient == "no":
-        raise ValueError("--compile is for the efficient block; valid with --efficient yes, max")
     if args.no_nesterov and args.opt != "sgd":
         raise ValueError(f"--no-nesterov with --opt {args.opt}; valid only with sgd")
     if "border" in explicit and (args.no_augment or args.dataset == "svhn"):
@@ -176,7 +171,7 @@ def restore(checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
     for name, value in flags.items():
         if isinstance(value, list):
             words += [flag(name), *map(str, value)]
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and name != "compile":  # of 1.1: the same function, to rounding
             words.append(flag(name, value))
     try:
         return fill_in_defaults(get_args_parser().parse_args(words))
