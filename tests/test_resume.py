@@ -47,9 +47,9 @@ def test_a_run_that_is_stopped_anywhere_ends_the_same(flags, whole, tmp_path, fu
 
 
 @pytest.mark.parametrize("more", [
-    ["--opt", "adam", "--dropRate", "0.2"], slow(["--opt", "rmsprop", "--no-augment"]),
+    slow(["--opt", "adam", "--dropRate", "0.2"]), slow(["--opt", "rmsprop", "--no-augment"]),
     slow(["--no-nesterov", "--no-bottleneck", "--efficient", "max", "--dropRate", "0.1"]), slow(["--efficient", "no"]),
-    slow(["--schedule", "cosine", "--border", "mean", "--precision", "bf16"]), slow(["--valSize", "20", "--seed", "0"]),
+    slow(["--schedule", "cosine", "--border", "mean", "--precision", "bf16"]), ["--valSize", "20", "--seed", "0"],
 ], ids=" ".join)
 def test_every_optimizer_and_mode_resumes_exactly(flags, tmp_path, more):
     argv = [*flags, *more, "--save"]
