@@ -145,7 +145,7 @@ class DenseNet(nn.Module):
                 nOutChannels = math.floor(nChannels * reduction)
                 if nOutChannels < 1:
                     raise ValueError(f"reduction is {reduction}, which leaves none of the {nChannels} channels after "
-                                     f"block {b}; valid is {1 / nChannels:.3g} to 1")
+                                     f"block {b}; valid is 1/{nChannels} to 1")
                 self.add_module(f"trans{b}", Transition(nChannels, nOutChannels, dropRate))
                 nChannels = nOutChannels
         self.bn1 = nn.BatchNorm2d(nChannels)
@@ -380,7 +380,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not (isinstance(state_dict, Mapping) and all(torch.is_tensor(value) for value in state_dict.values())):
         raise ValueError(f"the weights are a {type(state_dict).__name__}; valid is a dict of names and tensors")
     shared = all(name.startswith("module.") for name in state_dict)
-    names = {"features.conv0": "conv1", "features.norm0": "bn0", "features.norm5": "bn1", "classifier": "fc"}
+    names = {"features.conv0": "conv1", "features.norm0": "bn0", "features.norm5": "bn1"}
     ours = {}
     for name, value in state_dict.items():
         name = name.removeprefix("module.") if shared else name
@@ -390,6 +390,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         name = re.sub(r"^features\.transition(\d+)\.(norm|conv)",
                       lambda m: f"trans{m[1]}.{m[2].replace('norm', 'bn')}1", name)
         name = re.sub(r"^block(\d+)\.layer\.", r"dense\1.", name)
+        name = re.sub(r"^classifier\.", "fc.", name)  # also of several layers, as classifier.0
         module, dot, rest = name.rpartition(".")
         ours[names.get(module, module) + dot + rest] = value
     return ours
@@ -549,15 +550,8 @@ class EfficientBlock(torch.autograd.Function):
             new = slice(c, c + len(last.weight))
             dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sum_G[new], sum_Gxhat[new])
             if spec.bottleneck:
-                rstd2, hhat = row.pop(), row.pop()
-                dh = undrop(dh, spec.dropRate, row)
-                if spec.recompute:
-                    mean2, h = hhat, relu_then(xhat[:, :c], *first)
-                    hhat = standardise(undrop(h, spec.dropRate, row[:]), mean2, rstd2)
-                G2 = torch.empty_like(hhat, dtype=gamma.dtype)
-                dgamma, dbeta, dweight = relu_then_backward(dh, hhat, *last, G2, is_first=True)
-                grads = [dgamma, dbeta, dweight, *grads]
-                dh = normalise_backward(G2, hhat, rstd2, last.gamma * dbeta, last.gamma * dgamma)
+                dh, *of_last = EfficientBlock.bottleneck_gradients(spec, dh, xhat[:, :c], first, last, row)
+                grads = of_last + grads
             dh = undrop(dh, spec.dropRate, row)
             dgamma, dbeta, dweight = relu_then_backward(dh, xhat[:, :c], *first, G[:, :c])
             grads = [dgamma, dbeta, dweight, *grads]
@@ -565,6 +559,18 @@ class EfficientBlock(torch.autograd.Function):
             sum_Gxhat[:c] += first.gamma * dgamma
         dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sum_G[:c], sum_Gxhat[:c])
         return dx, None, *(grad.to(gamma.dtype) for grad in grads)
+
+    @staticmethod
+    def bottleneck_gradients(spec, dh, xhat, first, last, row):
+        """-> the gradients of a bottleneck's inner 4k channels, and of gamma, beta and weight of its ``last`` stage"""
+        rstd, hhat = row.pop(), row.pop()
+        dh = undrop(dh, spec.dropRate, row)
+        if spec.recompute:  # where hhat is otherwise, the mean was kept
+            hhat = standardise(undrop(relu_then(xhat, *first), spec.dropRate, row[:]), hhat, rstd)
+        G = torch.empty_like(hhat, dtype=last.gamma.dtype)
+        dgamma, dbeta, dweight = relu_then_backward(dh, hhat, *last, G, is_first=True)
+        dh = normalise_backward(G, hhat, rstd, last.gamma * dbeta, last.gamma * dgamma)
+        return dh, dgamma, dbeta, dweight
 
 
 class Stage(NamedTuple):
@@ -696,14 +702,18 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
     blocks = [net.get_submodule(f"dense{b}") for b in range(1, net.nBlocks + 1)]
     transitions = [net.get_submodule(f"trans{b}") for b in range(1, net.nBlocks)]
     layers = [layer for block in blocks for layer in block.children()]
+    if not ({type(block) for block in blocks} == {nn.Sequential} and {type(t) for t in transitions} <= {Transition}
+            and all(map(len, blocks)) and {type(layer) for layer in layers} in ({Bottleneck}, {SingleLayer})):
+        return False
+    bottlenecks = layers if type(layers[0]) is Bottleneck else []
     last, scale = net.bn1, 2 ** len(transitions)
-    modules = [module for part in (*blocks, *transitions, last) for module in part.modules()]
-    norms, convs = ([m for m in modules if isinstance(m, kind)] for kind in (nn.BatchNorm2d, nn.Conv2d))
+    norms = [m.bn1 for m in (*layers, *transitions)] + [m.bn2 for m in bottlenecks] + [last]
+    pointwise = [m.conv1 for m in (*bottlenecks, *transitions)]
+    spatial = [m.conv2 for m in bottlenecks] or [m.conv1 for m in layers]
+    modules = [*blocks, *layers, *transitions, *norms, *pointwise, *spatial]
     parameters = [p for m in modules for p in m.parameters(recurse=False)]
     return (
-        {type(block) for block in blocks} == {nn.Sequential} and {type(t) for t in transitions} <= {Transition}
-        and all(map(len, blocks)) and {type(layer) for layer in layers} in ({Bottleneck}, {SingleLayer})
-        and {type(m) for m in modules} - {nn.Sequential, nn.BatchNorm2d, nn.Conv2d} <= {type(layers[0]), Transition}
+        {type(m) for m in norms} == {nn.BatchNorm2d} and {type(m) for m in (*pointwise, *spatial)} == {nn.Conv2d}
         and all(m.training and vars(m).keys().isdisjoint(class_attributes(type(m))) for m in modules)
         and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                     for m in modules)
@@ -711,8 +721,8 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
                 and m.num_batches_tracked is not None and m.momentum is not None
                 and (m.momentum, m.eps) == (last.momentum, last.eps) for m in norms)
         and all(type(m.weight) is nn.Parameter and m.bias is None and m.stride == m.dilation == (1, 1) and m.groups == 1
-                and m.padding == tuple(size // 2 for size in m.kernel_size) and m.padding_mode == "zeros"
-                for m in convs)
+                and m.kernel_size == (size, size) and m.padding == (size // 2, size // 2) and m.padding_mode == "zeros"
+                for convs, size in ((pointwise, 1), (spatial, 3)) for m in convs)
         and len({m.dropRate for m in (*layers, *transitions)}) == 1 and 0 <= layers[0].dropRate < 1
         and all(p.device == x.device and p.dtype == last.weight.dtype for p in parameters)
         and last.weight.dtype in (torch.float32, torch.float64)
