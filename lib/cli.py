@@ -14,7 +14,7 @@ import torch
 
 from lib import distributed
 from lib.device import is_out_of_memory
-from lib.distributed import is_peer_failure
+from lib.distributed import WrongEnvironment, is_peer_failure
 
 NETWORK_FLAGS = ("growthRate", "depth", "reduction", "no_bottleneck")
 
@@ -138,7 +138,7 @@ def exit_status(main: Callable[[list[str] | None], int | None]) -> Callable[[lis
             elif not isinstance(error, (Failure, OSError, FloatingPointError, torch.AcceleratorError)):
                 raise
             rank = os.environ.get("RANK", "0")
-            if rank == "0":
+            if rank == "0" or isinstance(error, WrongEnvironment):
                 fail(message, status, program)
             elif not isinstance(error, ValueError) and not is_peer_failure(error):  # those rank 0 tells
                 fail(f"rank {rank}: {message}", status, program)

@@ -15,6 +15,10 @@ import torch.distributed as dist
 import torch.nn as nn
 
 
+class WrongEnvironment(ValueError):
+    """Raised for torchrun's variables. Each process has its own: rank 0 cannot tell this for the others."""
+
+
 class World(NamedTuple):
     rank: int = 0
     size: int = 1  # number of ranks
@@ -26,17 +30,17 @@ def start() -> World:
     """Starts the process group: gloo for tensors on the CPU, NCCL for those on GPUs. -> this rank
 
     Raises:
-        ValueError: if torchrun's environment variables are incomplete or contradict each other.
+        WrongEnvironment: if torchrun's environment variables are incomplete or contradict each other.
     """
     if "MASTER_ADDR" not in os.environ:  # RANK and the like alone can be from another program
         return World()
     values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     if not all(value and value.isdecimal() for value in values.values()):
-        raise ValueError(f"the environment has MASTER_ADDR={os.environ['MASTER_ADDR']}, but {values}; several "
-                         "processes are started by torchrun, for a single one unset MASTER_ADDR")
+        raise WrongEnvironment(f"the environment has MASTER_ADDR={os.environ['MASTER_ADDR']}, but {values}; several "
+                               "processes are started by torchrun, for a single one unset MASTER_ADDR")
     world = World(*map(int, values.values()))
     if world.rank >= world.size or world.local_rank >= world.local_size:
-        raise ValueError(f"the environment has {values}; valid ranks are below the number of processes")
+        raise WrongEnvironment(f"the environment has {values}; valid ranks are below the number of processes")
     if world.size > 1 and not dist.is_initialized():
         # a group that torchrun has restarted would wait in the old store for keys of its dead predecessors
         store = next(dist.rendezvous("env://"))[0]

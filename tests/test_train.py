@@ -1,452 +1,491 @@
-"""train.py: flags, schedule, and whole runs with the files they leave. Interrupted runs are in test_resume.py."""
+"""train.py: what a run does and says, and the files that it leaves."""
 
 import json
 import math
-import os
-import random
+import re
 import shlex
 import shutil
 import stat
-import subprocess
 import sys
-from fractions import Fraction
-from pathlib import Path
+from urllib.error import URLError
 
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ROOT, SAMPLE, SMALL, contents, differences, edit_checkpoint, one_line, rows, run_script, slow
+import torchvision
+from common import (
+    EPOCHS,
+    SAMPLE,
+    SMALL,
+    checkpoint,
+    contents,
+    differences,
+    edit_checkpoint,
+    one_line,
+    refused,
+    resume,
+    rows,
+    run_script,
+    slow,
+    stopped_at,
+)
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import densenet
+import lib.run
 import train
-from lib import data, memory, sets
-from lib.distributed import World
+from lib import data
+from lib.batches import Batches
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLAGS = ["--dataset", "--data", "--growthRate", "--depth", "--reduction", "--dropRate", "--initChannels", "--batchSz",
-         "--nEpochs", "--opt", "--lr", "--weightDecay", "--seed", "--save", "--device", "--evaluate", "--efficient",
-         "--classes", "--valSize", "--imageSize", "--arch", "--precision", "--border"]
-SWITCHES = ["--no-augment", "--no-bottleneck", "--no-nesterov", "--no-cuda", "--resume", "--overwrite", "--no-plot",
-            "--extra", "--pretrained", "--syncBN", "--no-graph"]
 
 
 @pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    """The directory of a run of three epochs of three steps. Tests must not write to it."""
-    save = tmp_path_factory.mktemp("runs") / "finished"
-    assert train.main(["--data", images, *SMALL, "--nEpochs", "3", "--save", str(save)]) == 0
-    return save
+def pictures(tmp_path_factory):
+    """The first of the sample's cats, dogs and ships as files of mixed sizes: 12 to train on, 6 to test."""
+    root = tmp_path_factory.mktemp("data") / "pets and ships"
+    for part, images, n in zip(("train", "test"), data.load("cifar10", SAMPLE), (4, 2), strict=True):
+        for name in ("cat", "dog", "ship"):
+            (root / part / name).mkdir(parents=True)
+            for i, pixels in enumerate(images.pixels[images.labels == images.classes.index(name)][:n]):
+                picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((30 + 9 * i, 40))
+                picture.save(root / part / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture
+def on_pictures(pictures):
+    return ["--dataset", "folder", "--data", str(pictures), *SMALL, "--batchSz", "6", "--nEpochs", "1"]
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, first_tenth, first_hundredth", [
     (1, None, None), (2, 2, None), (3, 3, None), (10, 6, 9), (50, 26, 39), (90, 46, 69), (300, 151, 226)])
-def test_the_rate_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth, first_hundredth):
-    rates = [train.learning_rate("sgd", 0.1, epoch, n) for epoch in range(1, n + 1)]
-    first = {rate: epoch for epoch, rate in reversed(list(enumerate(rates, 1)))}
+def test_the_step_schedule_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth, first_hundredth):
+    rates = [train.learning_rate("step", 0.1, epoch, n) for epoch in range(1, n + 1)]
+    first = {rate: epoch for epoch, rate in reversed([*enumerate(rates, 1)])}
     assert first[0.1] == 1 and first.get(0.1 / 10) == first_tenth and first.get(0.1 / 100) == first_hundredth
-    assert rates == sorted(rates, reverse=True) and set(rates) <= {0.1, 0.1 / 10, 0.1 / 100}
+    assert {*rates} <= {0.1, 0.1 / 10, 0.1 / 100}
 
 
-def test_the_rate_drops_exactly_where_the_share_of_epochs_is_reached():
-    for n in [*range(1, 130), 300, 333, 10**6 - 1, 10**6]:
-        for epoch in {1, n} | {n * i // 4 + j for i in (1, 2, 3) for j in (-1, 0, 1, 2)}:
-            done = Fraction(epoch - 1, n)
-            want = 0.1 if done < Fraction(1, 2) else 0.1 / 10 if done < Fraction(3, 4) else 0.1 / 100
-            assert train.learning_rate("sgd", 0.1, epoch, n) == want, (n, epoch)
+def test_the_cosine_schedule_is_half_a_cosine_and_the_constant_one_constant():
+    rates = [train.learning_rate("cosine", 0.2, epoch, 4) for epoch in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.2, 0.1 * (1 + math.sqrt(0.5)), 0.1, 0.1 * (1 - math.sqrt(0.5))])
+    assert {train.learning_rate("constant", 0.2, epoch, 4) for epoch in range(1, 9)} == {0.2}
 
 
-def test_the_other_optimisers_keep_their_rate():
-    assert {train.learning_rate(opt, 0.5, e, 10) for opt in ("adam", "rmsprop") for e in range(1, 11)} == {0.5}
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_no_rate_rises_and_added_epochs_keep_the_last_one(schedule):
+    for n in (*range(1, 20), 300):
+        rates = [train.learning_rate(schedule, 0.1, epoch, n) for epoch in range(1, 2 * n + 3)]
+        assert rates == sorted(rates, reverse=True) and {*rates[n:]} == {rates[n - 1]}
 
 
-def test_the_optimizer_steps_with_the_dropped_rates_and_they_are_printed(images, tmp_path, capsys):
-    used = []
-    flags = [*SMALL, "--no-graph", "--nEpochs", "4"]  # replaying a graph calls no hook
+def test_the_optimizer_steps_with_the_schedules_rates_which_are_printed_with_the_mean_loss(images, tmp_path, capsys):
+    used, argv = [], ["--data", images, *SMALL, "--no-graph", "--nEpochs", "4", "--save", str(tmp_path)]
     with register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])):
-        assert train.main(["--data", images, *flags, "--save", str(tmp_path / "r")]) == 0
+        assert train.main(argv) == 0
     assert used == [0.1] * 6 + [0.1 / 10] * 3 + [0.1 / 100] * 3
-    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:5]] == ["0.1", "0.1", "0.01", "0.001"]
+    epochs = capsys.readouterr().out.splitlines()[1:5]
+    assert [line.split()[3] for line in epochs] == ["0.1", "0.1", "0.01", "0.001"]
+    (_, *a), (_, *b), (_, *c) = rows(tmp_path / "train.csv")[-3:]
+    loss, error = ((32 * x + 32 * y + 16 * z) / 80 for x, y, z in zip(a, b, c, strict=True))  # over images, not steps
+    assert f"train loss {loss:.4f} error {error:.2f}%" in epochs[-1]
 
 
 # --- flags ------------------------------------------------------------------------------------------------------
 
 def test_the_default_flags_are_the_papers_recipe():
     args, given = train.parse_args([])
-    assert not given
+    assert not given and not args.no_augment and not args.no_nesterov
     assert (args.depth, args.growthRate, args.reduction, args.no_bottleneck, args.dropRate) == (100, 12, 0.5, False, 0)
     assert (args.batchSz, args.nEpochs, args.opt, args.lr, args.weightDecay) == (64, 300, "sgd", 0.1, 1e-4)
-    assert not args.no_augment and not args.no_nesterov and args.save == "work/cifar10.base" and args.data == "data"
+    assert (args.schedule, args.save, args.data) == ("step", "work/cifar10.base", "data")
+    assert {train.parse_args(["--opt", opt])[0].schedule for opt in ("adam", "rmsprop")} == {"constant"}
+    assert train.parse_args(["--arch", "densenet121", "--dataset", "folder"])[0].imageSize == 224
 
 
-@pytest.mark.parametrize("opt, kind, expected", [
-    ("sgd", torch.optim.SGD, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, dampening=0)),
-    ("adam", torch.optim.Adam, dict(lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.999))),
-    ("rmsprop", torch.optim.RMSprop, dict(lr=1e-2, weight_decay=1e-4, momentum=0))])
-def test_each_optimizer_has_the_papers_settings(opt, kind, expected):
-    args, _ = train.parse_args([*SMALL, "--opt", opt])
-    images = data.ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ["a", "b"])
-    chosen = sets.Sets(images, None, images, [0.5] * 3, [0.5] * 3, {})
-    net, optimizer = train.make_net_and_optimizer(args, chosen, torch.device("cpu"), World(), {"path": "max"}, None)
-    (group,) = optimizer.param_groups
-    assert type(optimizer) is kind and expected.items() <= group.items()
-    assert len(group["params"]) == len(list(net.parameters()))  # all have the same rate and weight decay
-    assert net.fc.out_features == 2
-
-
-BAD_FLAGS = [
+@pytest.mark.parametrize("line, said", [
     ("--depth 11", "depth is 11; valid with bottleneck is 6n + 4, nearest 10 and 16"),
-    ("--depth 12 --no-bottleneck", "nearest 10 and 13"), ("--depth 4", "nearest 10"), ("--depth 0", "'0'; valid is"),
-    ("--depth -6", "'-6'; valid is a whole number from 1 to 4096"), ("--depth ten", "'ten'; valid is"),
-    ("--depth 1e9", "'1e9'"), ("--depth nan", "'nan'"), (f"--depth {'9' * 5000}", "valid is a whole number"),
-    ("--growthRate 0", "--growthRate: '0'; valid is"), ("--growthRate 2.5", "'2.5'"), ("--initChannels 0", "'0'"),
-    ("--growthRate 4096 --depth 1000", "GB of memory at least"), ("--initChannels 65536 --batchSz 80", "GB of memory"),
-    ("--reduction 0", "'0'; valid is above 0 and at most 1"), ("--reduction nan", "nan"),
-    ("--reduction 0.001", "reduction is 0.001, which leaves none of the 12 channels"), ("--reduction -1", "'-1'"),
-    ("--dropRate 1", "'1'; valid is from 0 to below 1"), ("--dropRate nan", "'nan'"), ("--dropRate -0.1", "'-0.1'"),
-    ("--batchSz 0", "'0'"), ("--batchSz x", "'x'"),
-    ("--batchSz 81", "--batchSz 81 is more than the 80 training images"),
-    ("--nEpochs 0", "'0'; valid is a whole number from 1 to 1000000"), ("--nEpochs inf", "'inf'"),
-    ("--opt adagrad", "invalid choice: 'adagrad'"), ("--efficient perhaps", "invalid choice"),
-    ("--dataset mnist", "mnist"),
-    ("--lr 0", "'0'; valid is from 1e-12 to"), ("--lr nan", "'nan'"), ("--lr inf", "'inf'"), ("--lr -1", "'-1'"),
-    ("--weightDecay -1", "'-1'; valid is from 0 to"), ("--weightDecay inf", "'inf'"), ("--seed -1", "'-1'"),
-    ("--seed 4294967296", "valid is a whole number from 0 to 4294967295"), ("--seed", "expected one argument"),
-    ("--device tpu", "--device 'tpu' does not exist here; valid are cpu"), ("--device cuda:99", "valid are cpu"),
-    ("--device ''", "--device '' does not exist"), ("--no-cuda --device cuda", "--no-cuda contradicts --device cuda"),
-    ("--data nowhere/x", "no CIFAR-10 in nowhere/x"), ("--data file", "--data file is not a directory"),
-    ("--data ''", "valid is a path"), ("--save ''", "valid is a path"), ("--save 'a\nb'", "valid is a path"),
-    ("--save 'a\udcff'", "valid is a path"), ("--save file", "--save file is not a directory"),
-    ("--save file/run", "--save file/run: "), ("--save foreign", "test.csv is not a run's table"),
-    ("--save foreign --overwrite", "test.csv"), ("--save foreign --resume", "test.csv"),
-    ("--border white", "invalid choice: 'white'"),
+    ("--depth 12 --no-bottleneck", "nearest 10 and 13"), ("--depth ten", "'ten'; valid is a whole number from 1"),
+    ("--growthRate 2.5", "'2.5'"), ("--reduction 0", "'0'; valid is above 0 and at most 1"),
+    ("--reduction 0.001", "which leaves none of the 18 channels"), ("--dropRate 1", "'1'; valid is from 0 to below 1"),
+    ("--batchSz 0", "'0'"), ("--batchSz 81", "--batchSz 81 is more than the 80 training images"),
+    ("--nEpochs inf", "'inf'"), ("--opt adagrad", "invalid choice: 'adagrad'"), ("--dataset mnist", "mnist"),
+    ("--lr nan", "'nan'; valid is from 1e-12"), ("--seed 4294967296", "valid is a whole number from 0 to 4294967295"),
+    ("--schedule linear", "invalid choice: 'linear'"), ("--seed", "expected one argument"),
+    ("--device tpu", "--device 'tpu' does not exist here; valid are cpu"),
+    ("--no-cuda --device cuda", "--no-cuda contradicts --device cuda"), ("--data nowhere", "no CIFAR10"),
     ("--border mean --no-augment", "--border mean: images that are not augmented have no border"),
     ("--dataset svhn --border black", "--border black: images that are not augmented"),
     ("--opt adam --no-nesterov", "--no-nesterov with --opt adam; valid only with sgd"),
-    (f"--save {'x' * 300}", "name too long"),
-    ("--save dangling", "--save dangling is not a directory"), ("--save /proc/none", "/proc"),
-    ("--resume --overwrite", "give one of them"), ("--evaluate none.pth", "none.pth: No such file"),
-    ("--evaluate file", "file is damaged, or not a checkpoint"), ("--evaluate other", "other: Is a directory"),
-    ("--evaluate file --resume", "does not train"), ("--evaluate file --overwrite", "does not train"),
-    ("--no-such-flag", "unrecognized arguments: --no-such-flag"), ("surplus", "unrecognized arguments: surplus"),
-    ("--batchSz=--", "--batchSz: expected one argument"), ("--classes=--", "--classes: expected one argument"),
-    ("--resum", "unrecognized arguments: --resum"), ("--no-plot=1", "ignored explicit argument"),
-]
-
-
-@pytest.fixture
-def somewhere(tmp_path, monkeypatch, images):
-    """A working directory with files that a run must not touch; downloads fail as without a network."""
+    ("--resume --overwrite", "give one of them"), ("--predictions a.csv", "--predictions needs --evaluate"),
+    ("--pretrained", "--pretrained needs --arch densenet121|densenet161"),
+    ("--arch densenet121 --init a.pth --pretrained", "and no --init"), ("--arch densenet120", "invalid choice"),
+    ("--imageSize 64", "--imageSize 64: --dataset cifar10 has its own size"), ("--syncBN", "--syncBN needs GPUs"),
+    ("--extra", "--extra: --dataset cifar10 has no extra images"), ("--precision tf32", "tf32 needs a GPU; valid on"),
+    ("--valSize 80", "80 of 80 training images cannot be held out"), ("--classes cat", "fewer than two"),
+    ("--valSize 40", "--batchSz 64 is more than the 40 training images"), ("--classes cat cow", "class cow is unknown"),
+    ("--init none.pth", "--init none.pth: No such file"), ("--no-such-flag", "unrecognized arguments"),
+    ("--resum", "unrecognized arguments: --resum")])
+def test_wrong_flags_are_one_line_with_the_valid_ones_and_write_nothing(images, tmp_path, monkeypatch, capsys, line,
+                                                                        said):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("not a directory")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/notes.txt").write_text("mine")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/test.csv").write_text("id,label\n1,2\n")
-    (tmp_path / "dangling").symlink_to("nothing")
-    (tmp_path / "images").symlink_to(images)
-
-    def no_network(self):
-        raise OSError("no network")
-
-    monkeypatch.setattr(data.CIFAR10, "download", no_network)
-    return tmp_path
+    monkeypatch.setattr(data.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    small = [] if {"--arch", "--device"} & {*line.split()} else ["--growthRate", "6", "--no-cuda"]
+    argv = ["--data", images, "--depth", "10", *small, *shlex.split(line)]
+    argv = argv if "--arch" not in line else ["--data", images, *shlex.split(line)]
+    assert said.lower() in refused(train.main, capsys, *argv).lower()
+    assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("line, said", BAD_FLAGS, ids=[line[:40] for line, _ in BAD_FLAGS])
-def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(somewhere, capfd, line, said):
-    before = contents(somewhere), sorted(somewhere.rglob("*"))
-    small = [flag for flag in SMALL if flag != "--no-cuda" or "--device" not in line]  # the two contradict
-    assert train.main(["--data", "images", *small, *shlex.split(line)]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and said.lower() in one_line(err).lower() and len(err) < 400
-    assert (contents(somewhere), sorted(somewhere.rglob("*"))) == before
+@pytest.mark.parametrize("flags, said", [
+    (["--arch", "densenet121", "--depth", "40"], "--depth=40 contradicts --arch densenet121; give one of them"),
+    (["--arch", "densenet121", "--no-bottleneck"], "--no-bottleneck contradicts --arch densenet121"),
+    (["--depth", "11"], "depth is 11"), (["--reduction", "0.001"], "which leaves none")])
+def test_impossible_networks_are_refused_before_images_are_read(capsys, monkeypatch, flags, said):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("read the images"))
+    assert said in refused(train.main, capsys, *flags)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_directories_without_permission_are_named_in_one_line(somewhere, capfd):
-    for name, mode in (("closed", 0o500), ("unreadable", 0o000)):
-        (somewhere / name).mkdir()
-        (somewhere / name).chmod(mode)
-        for flags in (["--save", f"{name}/run"], ["--save", name], ["--data", name, "--save", "r"] * (mode == 0)):
-            assert train.main(["--data", "images", *SMALL, *flags]) == 2 or not flags
-            assert name in one_line(capfd.readouterr().err)
-        (somewhere / name).chmod(0o700)
+@pytest.mark.parametrize("more", [["--imageSize", "2", *SMALL], ["--imageSize", "16", "--arch", "densenet121"]])
+def test_images_too_small_for_the_network_are_refused(pictures, tmp_path, capsys, more):
+    argv = ["--dataset", "folder", "--data", pictures, *more, "--batchSz", "6", "--save", tmp_path / "run"]
+    assert "too small for the network's transitions" in refused(train.main, capsys, *argv)
+    assert not (tmp_path / "run").exists()
 
 
-def test_bad_geometry_is_refused_before_a_download(somewhere, capfd, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("read the data"))
-    assert train.main(["--depth", "11"]) == 2
-    assert "depth is 11" in one_line(capfd.readouterr().err)
+def test_own_pictures_without_dataset_folder_are_one_line_and_nothing_is_downloaded(pictures, tmp_path, capsys,
+                                                                                   monkeypatch):
+    monkeypatch.setattr(data.CIFAR10, "download", lambda self: pytest.fail("a download"))
+    before = contents(pictures)
+    said = refused(train.main, capsys, "--data", pictures, *SMALL, "--save", tmp_path / "run")
+    assert "is a folder of pictures" in said and "--dataset folder" in said and contents(pictures) == before
 
 
-def test_help_names_every_flag_with_its_default(capsys):
+def test_help_names_each_default(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in FLAGS + SWITCHES) and "default: 300" in text
-
-
-def random_line(draw):
-    """-> a random command line: sensible values, nonsense, missing values, flags that contradict each other"""
-    sensible = {"--data": ["images", "images", "file", "nowhere"], "--growthRate": ["1", "4"], "--depth": ["10", "7"],
-                "--reduction": ["0.5", "1"], "--dropRate": ["0", "0.2"], "--initChannels": ["1", "8"],
-                "--batchSz": ["64", "79", "80"], "--nEpochs": ["1", "4"], "--opt": ["sgd", "adam", "rmsprop"],
-                "--lr": ["0.1", "1e6", "1e5", "1e-12"], "--weightDecay": ["0", "1e6"], "--seed": ["0", "4294967295"],
-                "--save": ["run", "run", "run/deeper", "other", "file", "new", ".", "images", "foreign"],
-                "--device": ["cpu", "cuda:7"], "--evaluate": ["run/latest.pth", "file", "other"],
-                "--dataset": ["cifar10", "cifar10", "folder"], "--efficient": ["auto", "yes", "no", "max"],
-                "--border": ["black", "mean"],
-                "--classes": ["cat", "dog"], "--valSize": ["0", "10", "79"], "--imageSize": ["32"],
-                "--arch": ["densenet121"], "--precision": ["fp32", "tf32", "bf16"]}
-    nonsense = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "x", "0x10", "é", "--", "\n", "\udcff", "\0",
-                "a b", "../" * 300, "None", "[]", "%s", "-"]
-    line = []
-    for name in draw.sample(FLAGS, draw.choice([0, 0, 1, 1, 1, 2, 3])):
-        value = draw.choice(sensible[name] * 3 + nonsense)
-        line += draw.choice([[name, value], [name, value], [f"{name}={value}"], [name]])
-        line += ["frog", "ship"][:draw.choice([0, 1, 2])] if name == "--classes" else []
-    line += draw.sample(SWITCHES, draw.choice([0, 0, 0, 1, 2])) + ["--bogus", "stray"][:draw.choice([0] * 20 + [1, 2])]
-    if draw.random() < 0.1:
-        draw.shuffle(line)
-    save = draw.choice(["run", f"new/{draw.random()}"])
-    return ["--data", "images", *SMALL, "--nEpochs", "4" if save == "run" else "1", "--save", save, *line]
-
-
-def files_to_keep(somewhere, images):
-    """-> names and contents of the files that no command line may change; it may add files of runs"""
-    files = contents(somewhere) | {f"images/{name}": content for name, content in contents(Path(images)).items()}
-    new = ("run/", "new/", "other/.", "other/l", "other/p", "other/r", "other/t")  # a run may begin in "other", too
-    return {(name, content) for name, content in files.items() if not name.startswith(new)}
-
-
-def set_up_for_fuzzing(somewhere, images, finished):
-    (somewhere / "run").mkdir()
-    for name, content in contents(finished).items():
-        (somewhere / "run" / name).write_bytes(content)
-    (somewhere / "foreign/train.csv").write_text("id,label\n1,2\n")
-    (somewhere / "foreign/latest.pth").write_bytes(b"mine")
-    return files_to_keep(somewhere, images)
-
-
-@pytest.mark.slow
-def test_no_command_line_gives_a_traceback_or_loses_a_file(somewhere, images, finished, capfd, monkeypatch):
-    """The exit status is 0, or 1 (diverged) or 2 (refused) with one line on stderr."""
-    before = set_up_for_fuzzing(somewhere, images, finished)
-    draw, statuses = random.Random(3), []
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 10**5)  # a machine of 10 GB
-    for _ in range(200):
-        line, files = random_line(draw), set(contents(somewhere / "run"))
-        status = train.main(line)  # any exception fails the test
-        err = capfd.readouterr().err
-        assert "Traceback" not in err, (line, err)
-        assert status == 0 or (status in (1, 2) and one_line(err)), (line, status, err)
-        statuses.append(status)
-        assert files_to_keep(somewhere, images) >= before, line
-        assert "--overwrite" in line or files <= set(contents(somewhere / "run")), line
-    assert statuses.count(0) > 20 and 1 in statuses and statuses.count(2) > 50
-
-
-@pytest.mark.slow
-def test_random_command_lines_in_their_own_processes(somewhere, images, finished):
-    before = set_up_for_fuzzing(somewhere, images, finished)
-    draw = random.Random(1)
-    lines = [line for line in (random_line(draw) for _ in range(100)) if "\0" not in "".join(line)][:2]
-    running = [subprocess.Popen([sys.executable, ROOT / "train.py", *line], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, env=ONE_THREAD) for line in lines]
-    for line, process in zip(lines, running, strict=True):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (0, 1, 2) and b"Traceback" not in err, (line, err)
-        assert process.returncode == 0 or one_line(err.decode()), line
-    assert files_to_keep(somewhere, images) >= before
+    assert text.startswith("usage: train.py ") and "default: 300; svhn 40" in text
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_script_trains_on_the_sample_and_writes_its_files(tmp_path):
-    done = run_script("train.py", "--data", SAMPLE, "--depth", 10, "--growthRate", 8, "--nEpochs", 2, "--save", "r/s",
-                      cwd=tmp_path, MPLBACKEND="module://nowhere")  # which the figures do without
+    done = run_script("train.py", "--data", SAMPLE, "--depth", 10, "--growthRate", 8, "--nEpochs", 2, "--save", "r/é",
+                      cwd=tmp_path, MPLBACKEND="module://nowhere", PYTHONIOENCODING="ascii")  # which do not matter
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar in a pipe
-    run = tmp_path / "r/s"
-    assert sorted(contents(run)) == [".lock", "error.png", "latest.pth", "loss-error.png", "loss.png", "previous.pth",
-                                     "run.json", "test.csv", "train.csv"]
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    run = tmp_path / "r/é"
+    assert sorted(contents(run)) == ["error.png", "latest.pth", "loss-error.png", "loss.png", "previous.pth",
+                                     "run.json", "test.csv", "train.csv"]
     assert all(stat.S_IMODE(p.stat().st_mode) & 0o044 == 0o044 for p in run.iterdir())  # all may read
-
     train_rows, test_rows = rows(run / "train.csv"), rows(run / "test.csv")
     assert [row[0] for row in train_rows] == pytest.approx([i / 16 for i in range(32)])  # 1,000 images in steps of 64
     assert [row[0] for row in test_rows] == [1, 2] and all(0 <= row[2] <= 100 for row in train_rows + test_rows)
     assert train_rows[0][1] == pytest.approx(math.log(10), abs=0.5) and test_rows[-1][2] < 88
 
-    about = json.loads((run / "run.json").read_text())
-    assert about["flags"]["depth"] == 10 and about["flags"]["lr"] == 0.1 and about["flags"]["save"] == "r/s"
-    assert about["environment"]["torch"] == torch.__version__ and about["environment"]["device"].startswith("cpu")
-    net = densenet.load(run / "latest.pth")
-    assert about["parameters"] == sum(p.numel() for p in net.parameters())
-    assert about["mean"] == pytest.approx(net.mean.flatten().tolist()) and about["classes"] == net.classes
-
+    first, *_, last = lines = done.stdout.splitlines()
+    assert len(lines) == 4 and first.startswith(r"r/\xe9: L=10 k=8, ") and "1,000 training and 200 test images" in first
     final, best = test_rows[-1][2], min(row[2] for row in test_rows)
-    last_line = done.stdout.splitlines()[-1]
-    assert f"final test error {final:.2f}%, best {best:.2f}%" in last_line and "r/s" in last_line
-    assert len(done.stdout.splitlines()) == 4  # the network, a line per epoch, the result
-    for name in ("loss.png", "error.png", "loss-error.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert f"final test error {final:.2f}%, best {best:.2f}%" in last and r"r/\xe9" in last
+    about, saved = json.loads((run / "run.json").read_text()), checkpoint(run)
+    assert about == {name: saved[name] for name in about} and about["flags"]["lr"] == 0.1
+    assert about["environment"]["torch"] == torch.__version__
+    assert about["parameters"] == sum(p.numel() for p in densenet.load(run / "latest.pth").parameters())
 
 
-def test_test_csv_and_evaluate_agree_with_the_saved_network(finished, images, capsys):
-    net = densenet.load(finished / "latest.pth")
-    _, test = data.load("cifar10", images)
-    output = net((test.images / 255 - net.mean) / net.std)
-    loss, error = F.nll_loss(output, test.labels).item(), (output.argmax(1) != test.labels).double().mean().item() * 100
-    assert rows(finished / "test.csv")[-1] == pytest.approx((3, loss, error), rel=1e-5)
-    assert train.main(["--evaluate", str(finished / "latest.pth"), "--data", images]) == 0
-    first, *classes = capsys.readouterr().out.splitlines()
-    assert f"test loss {loss:.4f}, error {error:.2f}% of 40 images" in first
-    wrong = output.argmax(1) != test.labels
-    assert [line.strip() for line in classes] == [
-        f"{name}: {100 * wrong[test.labels == i].double().mean().item():.2f}%" for i, name in enumerate(test.classes)]
-
-
-def test_evaluation_reads_the_test_images_alone(finished, images, tmp_path, capsys):
-    shutil.copytree(images, tmp_path / "images")
-    (tmp_path / "images/data_batch_1.bin").write_bytes(b"damaged")
-    assert train.main(["--evaluate", str(finished / "latest.pth"), "--data", str(tmp_path / "images")]) == 0
-
-
-def test_evaluation_downloads_nothing_to_a_directory_that_was_not_given(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data.CIFAR10, "download", lambda self: pytest.fail("a download"))
-    (tmp_path / "empty").mkdir()
-    checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
-    flags = torch.load(checkpoint, weights_only=True)["flags"]
-    edit_checkpoint(checkpoint, flags=flags | {"data": str(tmp_path / "empty")})
-    assert train.main(["--evaluate", str(checkpoint)]) == 2
-    assert "no CIFAR-10 in" in one_line(capsys.readouterr().err)
-
-
-def test_evaluation_escapes_control_characters_in_class_names(finished, images, tmp_path, capsys):
-    checkpoint = shutil.copy(finished / "latest.pth", tmp_path / "latest.pth")
-    edit_checkpoint(checkpoint, classes=["\x1b[2J", *"bcdefghij"])
-    assert train.main(["--evaluate", str(checkpoint), "--data", images]) == 2
-    err = one_line(capsys.readouterr().err)
-    assert "\x1b" not in err and r"\x1b[2J" in err
-
-
-def test_colour_images_for_a_grayscale_network_are_one_line(finished, tmp_path, capsys):
-    for part in ("train", "test"):
-        for name in "ab":
-            (tmp_path / "gray" / part / name).mkdir(parents=True)
-            Image.new("L", (32, 32)).save(tmp_path / "gray" / part / name / "1.png")
-    flags = ["--dataset", "folder", "--data", str(tmp_path / "gray")]
-    assert train.main([*flags, *SMALL, "--batchSz", "2", "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
-    colour = tmp_path / "colour"
-    shutil.copytree(tmp_path / "gray", colour)
-    Image.new("RGB", (32, 32), "red").save(colour / "test/a/1.png")
-    assert train.main(["--evaluate", str(tmp_path / "run/latest.pth"), "--data", str(colour)]) == 2
-    assert "the images have 3 channels, the network takes 1" in one_line(capsys.readouterr().err)
-    assert train.main(["--evaluate", str(tmp_path / "run/latest.pth")]) == 0
-
-
-def test_every_step_has_a_row_even_the_smaller_last_one(finished):
+def test_every_step_has_a_row_even_the_smaller_last_one(whole):
     """80 images are steps of 32, 32 and 16."""
-    assert [row[0] for row in rows(finished / "train.csv")] == pytest.approx([i / 3 for i in range(9)])
-    checkpoint = torch.load(finished / "latest.pth", weights_only=True)
-    assert checkpoint["model"]["bn1.num_batches_tracked"] == 9  # +1 in each step
-    assert checkpoint["epoch"] == 3 and checkpoint["format"] == 1
-    assert checkpoint["csvLengths"] == {name: (finished / name).stat().st_size for name in ("train.csv", "test.csv")}
+    assert [row[0] for row in rows(whole / "train.csv")] == pytest.approx([i / 3 for i in range(3 * EPOCHS)])
+    assert checkpoint(whole)["model"]["bn1.num_batches_tracked"] == 3 * EPOCHS  # +1 in each step
 
 
-@pytest.mark.slow
-def test_printed_training_loss_is_the_mean_over_images(images, tmp_path, capsys):
-    flags = ["--data", images, *SMALL, "--nEpochs", "1", "--save", str(tmp_path / "r")]
-    assert train.main(flags) == 0
-    losses, errors = ([row[i] for row in rows(tmp_path / "r/train.csv")] for i in (1, 2))
-    loss, error = ((32 * v[0] + 32 * v[1] + 16 * v[2]) / 80 for v in (losses, errors))
-    assert f"train loss {loss:.4f} error {error:.2f}%" in capsys.readouterr().out
+def test_a_checkpoint_holds_what_lib_run_lists_and_its_tensors_are_the_cpus(whole):
+    saved = checkpoint(whole)  # a plain torch.load with weights_only=True
+    listed = "\n".join(re.findall(r"^    .*", lib.run.__doc__, re.MULTILINE))
+    first = ", ".join(re.findall(r"^    (\w+(?:, \w+)*)  ", listed, re.MULTILINE)).split(", ")
+    assert {*first} <= saved.keys() and all(re.search(rf"\b{name}\b", listed) for name in saved)
+    moments = [value for state in saved["optimizer"]["state"].values() for value in state.values()]
+    assert len(moments) > 20 and all(t.device.type == "cpu" for t in [*saved["model"].values(), *moments])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [
-    [], slow(["--no-augment", "--dropRate", "0.2"]), slow(["--no-bottleneck", "--opt", "adam"])], ids=" ".join)
-def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path, flags):
-    flags = ["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save"]
+@pytest.mark.parametrize("more", [
+    [], slow(["--no-augment", "--dropRate", "0.2"]), slow(["--no-bottleneck", "--opt", "adam", "--deterministic"])],
+    ids=" ".join)
+def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path, more):
+    argv = ["--data", images, *SMALL, "--nEpochs", "1", *more, "--save"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
-        torch.manual_seed(len(name))
         torch.rand(ord(name))  # earlier draws must not matter
-        assert train.main([*flags, str(tmp_path / name), "--seed", seed]) == 0
+        assert train.main([*argv, str(tmp_path / name), "--seed", seed]) == 0
+    torch.use_deterministic_algorithms(False)
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert "train.csv" in differences(tmp_path / "a", tmp_path / "c")
 
 
-def test_no_augment_shows_the_images_as_they_are(images, tmp_path, monkeypatch):
-    originals = data.load("cifar10", images)[0].images
-    mean, std = (torch.tensor(v)[:, None, None] for v in data.mean_and_std(originals))
+def test_images_are_augmented_unless_told_otherwise_and_normalised_by_the_training_images(images, tmp_path,
+                                                                                          monkeypatch):
+    originals = data.load("cifar10", images)[0]
+    mean, std = (torch.tensor(v)[:, None, None] for v in originals.mean_and_std())
 
     def images_of_an_epoch(*flags):
         batches = []
-
-        def record(net, optimizer, precision, images, *_):
-            batches.append(images)
-            return torch.ones(2)
-
-        monkeypatch.setattr(train, "train_step", record)
-        save = str(tmp_path / "-".join(["run", *flags]))
-        assert train.main(["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save", save]) == 0
+        monkeypatch.setattr(train, "train_step", lambda *args: batches.append(args[3]) or torch.ones(2))
+        argv = ["--data", images, *SMALL, "--nEpochs", "1", *flags, "--save", str(tmp_path / "-".join(["r", *flags]))]
+        assert train.main(argv) == 0
         return {tuple((x * std + mean).mul(255).round().int().flatten().tolist()) for x in torch.cat(batches)}
 
     plain, augmented = images_of_an_epoch("--no-augment"), images_of_an_epoch()
-    assert plain == {tuple(x.flatten().tolist()) for x in originals}
+    assert plain == {tuple(x.flatten().tolist()) for x in originals.pixels}
     assert len(augmented) == 80 and len(plain & augmented) < 8
+    assert (checkpoint(tmp_path / "r")["mean"], checkpoint(tmp_path / "r")["std"]) == originals.mean_and_std()
 
 
-def test_images_are_normalised_by_the_training_images_alone(finished, images):
-    checkpoint = torch.load(finished / "latest.pth", weights_only=True)
-    assert (checkpoint["mean"], checkpoint["std"]) == data.mean_and_std(data.load("cifar10", images)[0].images)
+def test_svhn_is_never_augmented_and_takes_40_epochs(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda dataset, root, *_, load=data.load, **__: load("cifar10", images))
+    monkeypatch.setattr(Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
+    args, _ = train.parse_args(["--dataset", "svhn"])
+    assert args.nEpochs == 40 and args.no_augment
+    assert train.main(["--dataset", "svhn", *SMALL, "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
+
+
+def test_classes_choose_what_is_trained_and_tested(sample, tmp_path, capsys):
+    argv = ["--data", sample, *SMALL, "--batchSz", "100", "--nEpochs", "1", "--save", str(tmp_path)]
+    assert train.main([*argv, "--classes", "dog", "cat"]) == 0
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["classes"] == ["dog", "cat"] and (about["trainImages"], about["testImages"]) == (200, 40)
+    capsys.readouterr()
+    assert "--classes cat dog contradicts" in refused(train.main, capsys, *argv, "--resume", "--classes", "cat", "dog")
+
+
+def test_with_validation_the_test_set_is_used_once_with_the_best_epochs_weights(tmp_path, monkeypatch, capsys):
+    used = []
+
+    def recorded(name, original):
+        return lambda batches, *args: used.append((name, batches.n)) or original(batches, *args)
+
+    for name in ("plain", "augmented"):
+        monkeypatch.setattr(Batches, name, recorded(name, getattr(Batches, name)))
+    argv = ["--data", str(SAMPLE), *SMALL, "--batchSz", "50", "--classes", "cat", "dog", "--valSize", "50"]
+    assert train.main([*argv, "--lr", "1", "--nEpochs", "3", "--save", str(tmp_path)]) == 0
+    assert used == [("augmented", 150), ("plain", 50)] * 3 + [("plain", 40)]
+    best = min(rows(tmp_path / "val.csv"), key=lambda row: row[2])
+    [(epoch, _, error)] = rows(tmp_path / "test.csv")
+    assert epoch == best[0] == checkpoint(tmp_path, "best.pth")["epoch"]
+    net, [test] = densenet.load(tmp_path / "best.pth"), data.load("cifar10", SAMPLE, ["test"], classes=["cat", "dog"])
+    wrong = net((test.pixels / 255 - net.mean) / net.std).argmax(1) != test.labels
+    assert error == pytest.approx(100 * wrong.double().mean().item(), rel=1e-4)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert f"test error {error:.2f}% with the weights of epoch {epoch:.0f}, the best in validation" in said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["/bin/false", slow("/no/such/program")])
-def test_figures_that_fail_are_one_warning_and_no_harm(images, finished, tmp_path, monkeypatch, capfd, program):
-    monkeypatch.setattr(sys, "executable", program)
-    flags = [flag for flag in SMALL if flag != "--no-plot"]
-    assert train.main(["--data", images, *flags, "--nEpochs", "3", "--save", str(tmp_path / "r")]) == 0
-    err = capfd.readouterr().err
-    assert err.startswith("train.py: warning: no figures") and err.count("\n") == 1
-    different = differences(finished, tmp_path / "r")
-    assert {name.partition("/")[2] for name in different} == {"flags/no_plot"}
+def test_an_imagenet_network_trains_on_a_folder(on_pictures, tmp_path):
+    argv = [flag for flag in on_pictures if flag not in SMALL[:4]]
+    assert train.main([*argv, "--arch", "densenet121", "--imageSize", "32", "--save", str(tmp_path)]) == 0
+    net = densenet.load(tmp_path / "latest.pth")
+    assert net.fc.out_features == 3 and len(net.dense3) == 24
+
+
+def test_figures_that_fail_are_one_warning_and_no_harm(flags, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert train.main([*[flag for flag in flags if flag != "--no-plot"], "--save", str(tmp_path)]) == 0
+    assert "no figures, but the training is not affected" in one_line(capsys.readouterr().err, "train.py: warning: ")
+    assert {name.partition("/")[2] for name in differences(whole, tmp_path)} == {"flags/no_plot"}
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", ["nan", slow("inf")])
+@pytest.mark.parametrize("step, epoch, iteration", [(2, 1, 2), (8, 3, 2)])
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_replaced(flags, whole, tmp_path, capsys, monkeypatch,
+                                                                            value, step, epoch, iteration):
+    calls, train_step = [], train.train_step
+
+    def diverge(*args):
+        calls.append(1)
+        return train_step(*args) * (float(value) if len(calls) == step else 1)
+
+    monkeypatch.setattr(train, "train_step", diverge)
+    assert train.main([*flags, "--save", str(tmp_path)]) == 1
+    said = one_line(capsys.readouterr().err)
+    assert f"the loss of step {iteration} is {value} in epoch {epoch}; " in said and "lower --lr" in said
+    assert ("latest.pth holds epoch 2" if epoch > 1 else "no epoch was finished yet") in said
+    assert checkpoint(tmp_path)["epoch"] == epoch - 1 and len(rows(tmp_path / "train.csv")) == step - 1
+    assert resume(tmp_path) == 0 and differences(whole, tmp_path) == []
+
+
+def test_a_test_loss_that_is_not_finite_ends_the_run_too(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_: (math.nan, 90.0))
+    assert train.main([*flags, "--save", str(tmp_path)]) == 1
+    assert "the test loss is nan in epoch 1; no epoch was finished yet" in one_line(capsys.readouterr().err)
+    assert rows(tmp_path / "test.csv") == [] and checkpoint(tmp_path)["epoch"] == 0
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError(),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")], ids=repr)
-def test_out_of_memory_is_one_line(images, tmp_path, monkeypatch, capfd, error):
-    def train_step(*_):
-        raise error
-
-    monkeypatch.setattr(train, "train_step", train_step)
-    assert train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")]) == 1
-    assert "a new run with a smaller --batchSz, or with --efficient max" in one_line(capfd.readouterr().err)
+def test_out_of_memory_names_the_flags_that_need_less(flags, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(error))
+    assert train.main([*flags, "--save", str(tmp_path)]) == 1
+    said = one_line(capsys.readouterr().err)
+    assert "out of memory; --efficient yes, --efficient max or a smaller --batchSz needs less" in said
 
 
-def test_a_bug_keeps_its_traceback(images, tmp_path, monkeypatch):
+def test_a_defect_keeps_its_traceback(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.main(["--data", images, *SMALL, "--save", str(tmp_path / "r")])
+        train.main([*flags, "--save", str(tmp_path)])
+
+
+# --- --evaluate and --predictions -------------------------------------------------------------------------------
+
+def test_evaluate_prints_the_saved_networks_loss_error_and_each_classs_error(whole, images, tmp_path, capsys):
+    net, [test] = densenet.load(whole / "latest.pth"), data.load("cifar10", images, ["test"])
+    output = net((test.pixels / 255 - net.mean) / net.std)
+    wrong = output.argmax(1) != test.labels
+    loss, error = F.nll_loss(output, test.labels).item(), 100 * wrong.double().mean().item()
+    assert rows(whole / "test.csv")[-1] == pytest.approx((EPOCHS, loss, error), rel=1e-5)
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/data_batch_1.bin").write_bytes(b"damaged")  # it reads the test images alone
+    for run in (whole, whole / "latest.pth"):
+        capsys.readouterr()
+        assert train.main(["--evaluate", str(run), "--data", str(tmp_path / "images"), "--precision", "fp32"]) == 0
+        first, *classes = capsys.readouterr().out.splitlines()
+        assert first == f"{whole}/latest.pth: test loss {loss:.4f}, error {error:.2f}% of 40 images (fp32)"
+        assert [line.strip() for line in classes] == [
+            f"{c}: {100 * wrong[test.labels == i].double().mean():.2f}%" for i, c in enumerate(test.classes)]
+
+
+def test_predictions_are_a_row_for_each_test_image(whole, on_pictures, tmp_path, capsys):
+    file = tmp_path / "predictions.csv"
+    assert train.main(["--evaluate", str(whole), "--predictions", str(file)]) == 0  # with the run's --data
+    table = pandas.read_csv(file)
+    assert [*table.columns] == ["image", "label", "prediction", "probability"] and [*table.image] == [*range(40)]
+    error = 100 * (table.label != table.prediction).mean()
+    assert error == pytest.approx(rows(whole / "test.csv")[-1][2], rel=1e-4) and table.probability.between(0.1, 1).all()
+    confusion = pandas.crosstab(table.label, table.prediction)
+    assert confusion.to_numpy().sum() == 40 and {*confusion.index} <= {*data.CIFAR10_CLASSES}
+    assert train.main([*on_pictures, "--save", str(tmp_path / "run")]) == 0
+    assert train.main(["--evaluate", str(tmp_path / "run"), "--predictions", str(file)]) == 0
+    assert [*pandas.read_csv(file).image] == [f"test/{name}/{i}" for name in ("cat", "dog", "ship")
+                                              for i in ("0.jpg", "1.png")]
+
+
+def test_evaluate_takes_the_best_epoch_of_a_validated_run(images, tmp_path, capsys):
+    argv = ["--data", images, *SMALL, "--valSize", "20", "--nEpochs", "1", "--save", str(tmp_path)]
+    assert train.main(argv) == 0 and train.main(["--evaluate", str(tmp_path)]) == 0
+    assert f"{tmp_path}/best.pth: test loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--resume"], "--resume has no effect with --evaluate; valid are --predictions, --dataset, --data"),
+    (["--depth", "40"], "--depth=40 has no effect"), (["--save", "x"], "--save=x has no effect"),
+    (["--data", "nowhere"], "no CIFAR10"), (["--classes", "cat", "dog"], "has the classes cat, dog, the checkpoint")])
+def test_evaluate_refuses_flags_that_it_would_ignore(whole, capsys, monkeypatch, more, said):
+    monkeypatch.setattr(data.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    assert said in refused(train.main, capsys, "--evaluate", whole, *more)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"flags": ["x"]}, "latest.pth has no flags"), ({"flags": {"mixup": 0.4}}, "--mixup=0.4"),
+    ({"model": None}, "is not a checkpoint of this train.py"), ({"arguments": {"depth": 10**9}}, "is not a checkpoint"),
+    ({"flags": {"data": "gone"}}, "--data gone is not to be found from here; give --data"),
+    ({"classes": ["\x1b[2J", *"bcdefghij"]}, r"\x1b[2J")], ids=str)
+def test_evaluate_names_a_checkpoint_that_makes_no_sense(run, capsys, changes, said):
+    saved = checkpoint(run)
+    changes = {name: saved[name] | value if isinstance(value, dict) else value for name, value in changes.items()}
+    edit_checkpoint(run / "latest.pth", **changes)
+    line = refused(train.main, capsys, "--evaluate", run)
+    assert said in line and "\x1b" not in line
+
+
+def test_evaluate_names_a_file_that_is_none(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for file, said in (("notes.txt", "notes.txt"), ("gone.pth", "gone.pth: No such"), (".", "latest.pth: No such")):
+        assert said in refused(train.main, capsys, "--evaluate", tmp_path / file)
+
+
+def test_a_grayscale_network_refuses_colour_images(pictures, on_pictures, tmp_path, capsys):
+    for path in shutil.copytree(pictures, tmp_path / "gray").rglob("*.*"):
+        Image.open(path).convert("L").save(path)
+    argv = [*on_pictures, "--data", str(tmp_path / "gray"), "--save", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    assert checkpoint(tmp_path / "run")["arguments"]["inChannels"] == 1
+    capsys.readouterr()
+    said = refused(train.main, capsys, "--evaluate", tmp_path / "run", "--data", pictures)
+    assert "the images have 3 channels, the network takes 1" in said
+
+
+# --- --init and --pretrained ------------------------------------------------------------------------------------
+
+def veit_names(net):
+    """-> the weights as the out-of-distribution literature ships them"""
+    names = {re.sub(r"^dense(\d+)\.", r"block\1.layer.", name): value for name, value in net.state_dict().items()}
+    return {"state_dict": {f"module.{name}": v for name, v in names.items() if "num_batches" not in name}}
+
+
+@pytest.mark.parametrize("make", [
+    lambda net: net.state_dict(), lambda net: net.torchvision_state_dict(), veit_names],
+    ids=["ours", "torchvision", "Veit"])
+def test_init_starts_from_weights_under_any_of_three_namings(whole, flags, images, tmp_path, make):
+    net = densenet.load(whole / "latest.pth")
+    torch.save(make(net), tmp_path / "weights.pth")
+    argv = [*flags, "--classes", *reversed(data.CIFAR10_CLASSES), "--init", str(tmp_path / "weights.pth")]
+    assert stopped_at("train_step", 1, [*argv, "--save", str(tmp_path / "run")]) == 143  # latest.pth: before any step
+    saved, state = checkpoint(tmp_path / "run"), net.state_dict()
+    assert all(value.equal(state[name]) for name, value in saved["model"].items() if "num_batches" not in name)
+    assert (saved["mean"], saved["std"]) == data.load("cifar10", images)[0].mean_and_std()
+
+
+def test_init_from_a_checkpoint_brings_its_normalisation_and_a_classifier_that_does_not_fit_stays_new(
+        whole, sample, tmp_path, capsys):
+    argv = ["--data", sample, *SMALL, "--classes", "cat", "dog", "--nEpochs", "1", "--init", str(whole / "latest.pth")]
+    assert stopped_at("train_step", 1, [*argv, "--save", str(tmp_path)]) == 143
+    saved, before = checkpoint(tmp_path), checkpoint(whole)
+    assert (saved["mean"], saved["std"]) == (before["mean"], before["std"])
+    assert all(value.equal(before["model"][name]) for name, value in saved["model"].items() if "fc" not in name)
+    assert "its classifier does not fit, and a new one is trained" in capsys.readouterr().out
+    assert resume(tmp_path) == 0 and checkpoint(tmp_path)["mean"] == before["mean"]  # though --data has another
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: densenet.DenseNet(5, 10).state_dict(), "conv1.weight has shape (10, 3, 3, 3); valid is (8, 3, 3, 3)"),
+    (lambda: densenet.DenseNet(4, 16).state_dict(), "trans1.bn1.weight has shape (16,); valid is (12,)"),
+    (lambda: densenet.DenseNet(4, 10), "holds other objects than tensors and plain values, such as a whole network"),
+    (lambda: [1, 2], "the weights are a list; valid is a dict of names and tensors")])
+def test_init_names_what_does_not_fit(flags, tmp_path, capsys, make, said):
+    torch.save(make(), tmp_path / "weights.pth")
+    line = refused(train.main, capsys, *flags, "--init", tmp_path / "weights.pth", "--save", tmp_path / "run")
+    assert said in line and "--init" in line and not (tmp_path / "run").exists()
+    assert "whole network" not in line or "save its state_dict() instead" in line
+
+
+class Weights:
+    """As torchvision.models.get_model_weights("densenet121") returns it."""
+    class DEFAULT:
+        @staticmethod
+        def get_state_dict(check_hash):
+            raise URLError("no route to host")
 
 
 @pytest.mark.slow
-def test_a_full_or_broken_standard_output_is_one_line_and_a_closed_one_is_none(images, tmp_path):
-    """As the shell gives them to a script: /dev/full, a pipe that nobody reads, closed."""
-    command = [sys.executable, str(ROOT / "train.py"), "--data", images, *SMALL, "--nEpochs", "1", "--save"]
-    line = shlex.join(command)
-    script = (f"{line} full >/dev/full; echo $?; ({line} pipe; echo $? >status) | true; cat status; "
-              f"{line} closed >&- 2>&-; echo $?")
-    done = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env=ONE_THREAD)
-    assert done.stdout.split() == ["1", "1", "0"], done.stderr
-    lines = done.stderr.splitlines()
-    assert [line.split(";")[0] for line in lines] == ["train.py: error: standard output: No space left on device",
-                                                     "train.py: error: standard output: Broken pipe"]
-    assert len(rows(tmp_path / "closed/train.csv")) == 3
+def test_pretrained_starts_from_torchvisions_weights_and_normalisation(on_pictures, tmp_path, monkeypatch, capsys):
+    argv = [flag for flag in on_pictures if flag not in SMALL[:4]]
+    argv += ["--arch", "densenet121", "--pretrained", "--imageSize", "32", "--save", str(tmp_path / "run")]
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: Weights)
+    said = refused(train.main, capsys, *argv)
+    assert "--pretrained: the download failed" in said and "no route to host" in said
+    assert not (tmp_path / "run").exists()
+    theirs = torchvision.models.densenet121().state_dict()
+    monkeypatch.setattr(Weights.DEFAULT, "get_state_dict", lambda check_hash: theirs)
+    assert stopped_at("train_step", 1, argv) == 143
+    saved = checkpoint(tmp_path / "run")
+    assert saved["mean"] == [0.485, 0.456, 0.406] and saved["model"]["fc.weight"].shape[0] == 3
+    assert all(value.equal(theirs[densenet.torchvision_name(name)]) for name, value in saved["model"].items()
+               if not name.startswith("fc."))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: pytest.fail("a download"))
+    assert stopped_at("train_step", 1, ["--resume", "--save", str(tmp_path / "run"), "--no-plot"]) == 143
