@@ -611,7 +611,7 @@ def relu_backward(da, a, xhat, gamma, G):
 def normalise(x, dtype, eps):
     """-> xhat; mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps) over N, H and W, each (C,)"""
     ones, zeros, mean, var = statistics = x.new_zeros(4, x.shape[1], dtype=dtype)
-    statistics[0] = 1
+    statistics[0].fill_(1)  # statistics[0] = 1 would make a tensor on the CPU, also for a GPU
     # with momentum 1 the "running" statistics become those of this batch
     xhat, _, rstd = torch.native_batch_norm(x, ones, zeros, mean, var, True, 1.0, eps)
     return xhat, mean, var, rstd
