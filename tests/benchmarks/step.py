@@ -9,7 +9,7 @@
 
 A step is train.py's: forward, loss, backward, SGD with Nesterov momentum. Each row has its own process, and the rows
 take turns of one step (on a GPU of ten), so that a busy moment hits all. All are in memory at once: BC 100-12 takes
-about 20 GB on a CPU; choose rows by --only where that is too much. "compiled" is torch.compile of the whole network (on
+about 24 GB on a CPU; choose rows by --only where that is too much. "compiled" is torch.compile of the whole network (on
 a GPU with mode="reduce-overhead") for torchvision, DenseNet.compile_block for ours; "graph" is train.py's CUDA graph.
 
     s/step     median over the turns          ratio    to torchvision's median
@@ -194,19 +194,16 @@ def prepare(row: Row, network: Network, args: argparse.Namespace) -> tuple[dict[
 def kept_bytes(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> int:
     """Bytes that autograd keeps for the backward pass, without the parameters. A storage counts once."""
     storages, parameters = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
-    alive = []  # the address of a freed storage could be used again
 
     def pack(t):
         if t.untyped_storage().data_ptr() not in parameters:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        alive.append(t)
-        return t
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held: a freed address may be used again
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         with train.autocast(images.device, precision):
             output = net(images)
         F.nll_loss(output, labels)
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_on_cpu(step: Callable[[], Any]) -> int | None:
