@@ -5,13 +5,15 @@
 
 Prints a line for each run and a summary. Exit status: 0 if every tensor of the checkpoints and every byte of the CSVs
 is the same in all runs, 1 otherwise. Half of the runs write slowly, so that many kills hit the middle of a save. Every
-third run has validation images; after its end it continues for one more epoch, in which it is killed again.
+third run has validation images; after its end it continues for one more epoch, in which it is killed again. Every fifth
+run overwrites an old one: after each kill the directory must hold the old run whole or a checkpoint of the new one.
 """
 
 import argparse
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,6 +28,11 @@ import torch
 from common import SAMPLE, SMALL, cut_sample, differences
 
 import train
+from densenet import read_checkpoint
+
+
+class Lost(RuntimeError):
+    """An overwritten run is gone before the new one is there."""
 
 
 def slow_writes(seconds: float) -> None:
@@ -47,7 +54,7 @@ def slow_writes(seconds: float) -> None:
             time.sleep(seconds)
 
     save, torch.save = torch.save, save_in_pieces
-    for name in ("fsync", "replace", "link", "ftruncate"):
+    for name in ("fsync", "replace", "link", "unlink", "ftruncate"):
         setattr(os, name, slowed(getattr(os, name)))
 
 
@@ -79,29 +86,55 @@ def wait_until(reached: Callable[[], bool], pid: int) -> None:
         time.sleep(0.002)
 
 
+def content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def is_old(save: Path, old: Path | None) -> bool:
+    """Whether the directory still has the checkpoint of the run that is to be overwritten."""
+    return old is not None and content(save / "latest.pth") == content(old / "latest.pth")
+
+
+def check_overwritten(save: Path, old: Path) -> None:
+    """Raises Lost unless the directory holds the old run whole, or a checkpoint of the new one."""
+    if is_old(save, old):
+        changed = [p.name for p in (*old.glob("*.csv"), old / "best.pth") if content(save / p.name) != p.read_bytes()]
+        if changed:
+            raise Lost(f"latest.pth is still the old run's, but not {', '.join(changed)}")
+    else:
+        try:
+            read_checkpoint(save / "latest.pth")
+        except (OSError, ValueError) as error:
+            raise Lost(str(error)) from None
+
+
 def run_killed(argv: list[str], save: Path, kills: int, sizes: tuple[int, int], slow: float,
-               draw: random.Random) -> list[str]:
-    """Starts the run again after each kill, until it ends.
+               draw: random.Random, old: Path | None = None) -> list[str]:
+    """Starts the run again after each kill, until it ends: with --resume, or with --overwrite while the directory holds
+    the run ``old``.
 
     A kill comes during the start, or when train.csv has a random number of bytes between the two ``sizes``, or in the
-    next save after that.
+    next save after that; with ``old`` also in the first save, which replaces it.
 
     -> for each kill the last epoch in the CSVs, and "saving" if a file was being written; "ended" if it came too late
     """
     csv = save / "train.csv"
     seen = []
-    command = [*argv, "--resume", "--save", str(save)]
     for session in range(kills + 1):
-        pid = start(command, slow, save.with_suffix(".log"))
+        flag = "--overwrite" if is_old(save, old) else "--resume"
+        pid = start([*argv, flag, "--save", str(save)], slow, save.with_suffix(".log"))
         if session < kills:
             where = draw.choice(["start", "step", "step", "save", "save"] if slow else ["start", "step", "step"])
-            if where != "start":
-                size = csv.stat().st_size if csv.exists() else 0
-                byte = draw.randint(max(sizes[0], size), sizes[1])
-                wait_until(lambda byte=byte: csv.exists() and csv.stat().st_size >= byte, pid)
-            if where == "save":
+            if flag == "--overwrite":
+                where = draw.choice(["start", "first save", "first save", "step"])
+            if where in ("step", "save"):
+                wait_until(lambda: not is_old(save, old), pid)
+                written = 0 if flag == "--overwrite" else min(len(content(csv)), sizes[1])  # an old one may be longer
+                byte = draw.randint(max(sizes[0], written), sizes[1])
+                wait_until(lambda byte=byte: len(content(csv)) >= byte, pid)
+            if where in ("save", "first save"):
                 wait_until(lambda: is_saving(save), pid)
-            time.sleep(draw.uniform(0, 8 * slow if where == "save" else 0.2))
+            time.sleep(draw.uniform(0, 8 * slow if "save" in where else 0.2))
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == 0:
@@ -109,6 +142,9 @@ def run_killed(argv: list[str], save: Path, kills: int, sizes: tuple[int, int], 
         if status != -signal.SIGKILL:
             raise SystemExit(f"exit status {status}: {save.with_suffix('.log').read_text()}")
         seen.append(f"{last_epoch(save)}{' saving' if is_saving(save) else ''}")
+        if old:
+            seen[-1] += " of the old run" if is_old(save, old) else ""
+            check_overwritten(save, old)
     return seen
 
 
@@ -136,22 +172,32 @@ def main() -> int:
         validated = [*argv, "--valSize", str(args.images // 10)]
         size = run_whole(argv, root / "whole", args.nEpochs)
         ended = run_whole(validated, root / "validated", args.nEpochs)
+        old = shutil.copytree(root / "validated", root / "old")
         prolonged = run_whole(validated, root / "validated", args.nEpochs + 1)
         for i in range(1, args.n + 1):
             save, slow = root / f"run{i}", 0.03 * (i % 2)
-            if i % 3:
-                reference = root / "whole"
-                seen = run_killed([*argv, "--nEpochs", str(args.nEpochs)], save, args.kills, (0, size), slow, draw)
-            else:
+            to_whole = [*argv, "--nEpochs", str(args.nEpochs)], save, args.kills, (0, size), slow, draw
+            reference, different = root / "whole", []
+            if i % 5 == 0:
+                shutil.copytree(old, save)
+                seen = ["overwriting"]
+                try:
+                    seen += run_killed(*to_whole, old)
+                except Lost as error:
+                    different = [str(error)]
+            elif i % 3 == 0:
                 reference = root / "validated"
                 seen = run_killed([*validated, "--nEpochs", str(args.nEpochs)], save, args.kills // 2, (0, ended), slow,
                                   draw)
                 seen.append("prolonged")
                 seen += run_killed([*validated, "--nEpochs", str(args.nEpochs + 1)], save, args.kills - args.kills // 2,
                                    (ended + 1, prolonged), slow, draw)
-            different = differences(reference, save)
+            else:
+                seen = run_killed(*to_whole)
+            left = [name for name in ("val.csv", "best.pth") if (save / name).exists() > (reference / name).exists()]
+            different = different or left or differences(reference, save)
             same += not different
-            kills += sum(text not in ("ended", "prolonged") for text in seen)
+            kills += sum(text[0].isdigit() for text in seen)
             in_save += sum("saving" in text for text in seen)
             result = f"different: {' '.join(different[:5])}" if different else "identical"
             print(f"run {i}: killed after epoch {', '.join(seen)}: {result}", flush=True)

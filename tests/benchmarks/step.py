@@ -1,439 +1,386 @@
 #!/usr/bin/env python3
-"""Time, memory and kernels of whole training steps (forward, loss, backward, SGD with Nesterov momentum), side by side.
+"""Time and memory of a training step of DenseNet-BC: our implementation beside torchvision's and timm's.
 
-    tests/benchmarks/step.py --size bc100-64 bc100-256 --json step.jsonl --plot step.png
-    tests/benchmarks/step.py --size bc100-64 --precision fp32 --only "ours plain" "ours efficient" --json step.jsonl
-    tests/benchmarks/step.py                       on a CPU: a small size, for the ratios alone
+    tests/benchmarks/step.py                                          BC 100-12, batches of 64, float32
+    tests/benchmarks/step.py --precision bf16 --json bf16.json
+    tests/benchmarks/step.py --only torchvision "ours block"          these rows; a wrong name lists all
+    tests/benchmarks/step.py --depths 40 100 190 --plot depths.png    textbook, block and max at several depths
+    tests/benchmarks/step.py --imagenet                               DenseNet-121, 161 and 201 at 224 pixels
 
-torchvision's DenseNet is as shipped, with CIFAR's stem for small images, and in channels_last for bf16. Ours runs
-train.py's own step, with images and, on a GPU, weights in channels_last. One implementation is in memory at a time.
+A step is train.py's: forward, loss, backward, SGD with Nesterov momentum. Each row has its own process, and the rows
+take turns of one step (on a GPU of ten), so that a busy moment hits all. All are in memory at once: BC 100-12 takes
+about 24 GB on a CPU; choose rows by --only where that is too much. "compiled" is torch.compile of the whole network (on
+a GPU with mode="reduce-overhead") for torchvision, DenseNet.compile_block for ours; "graph" is train.py's CUDA graph.
 
---json gets a line as soon as a row has been measured. A row that the file already holds (same size, precision, hardware
-and torch) is not measured again. No row begins after --minutes: repeat the command until all rows are there.
-
-Columns: median seconds; images/s; ratio to torchvision's images/s in the same precision; peak memory of a step; on a
-GPU launching calls and the kernels that they run, on a CPU aten's outermost operations without views and allocations;
-"must move", the bytes of must_move.py; "of copy", the rate of these bytes as a share of the rate at which tensor.copy_
-reads and writes. Peak memory is measured after the warm-up, in which libraries try out workspaces; for a graph of ours
-it is that of a second capture, for torch.compile's graphs that of all steps.
+    s/step     median over the turns          ratio    to torchvision's median
+    first s    the first step, in which libraries load and torch.compile compiles (less if its cache on disk has it)
+    kept       what autograd keeps from the forward to the backward pass, by saved-tensor hooks
+    peak       what a step needs beyond weights and images: on a CPU the growth of the resident set, on a GPU that of
+               torch's allocator (for a CUDA graph that of its capture)
 """
 
 import argparse
-import contextlib
+import ctypes
+import datetime
 import functools
 import gc
-import itertools
+import importlib.util
 import json
-import os
+import math
+import multiprocessing
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own messages off stderr
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
-import block
-import step_plot
-from must_move import SIZES, Size, bytes_to_move, classes
-
-import densenet
 import train
-from lib.cli import Parser, number
-from lib.cuda_graph import CaptureFailed, GraphedStep
-from lib.device import is_out_of_memory, keep_freed_memory
+from densenet import DenseNet
+from lib.cli import Parser, fail, first_line, number
+from lib.cuda_graph import GraphedStep
+from lib.device import keep_freed_memory
 
 MIB = 2**20
-OUT_OF_MEMORY = "out of memory"
-PRECISIONS = ("fp32", "tf32", "bf16")
-NO_KERNEL = {f"aten::{name}" for name in (  # views, allocations, queries
-    "alias", "as_strided", "chunk", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand", "expand_as",
-    "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "resize_", "select", "slice", "split",
-    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as")}
-MAY_COPY = ("aten::contiguous", "aten::flatten", "aten::reshape", "aten::to")  # they call a kernel only for a copy
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Implementation(NamedTuple):
+class Row(NamedTuple):
     library: str
-    option: bool | str  # memory_efficient or efficient
-    graph: bool = False  # torchvision: torch.compile with CUDA graphs; ours: GraphedStep
-    compiled: bool = False  # ours: DenseNet.compile_block
+    option: bool | str = False  # memory_efficient, or our efficient
+    channels_last: bool = False
+    compiled: bool = False
+    graph: bool = False
 
 
-IMPLEMENTATIONS = {
-    "torchvision": Implementation("torchvision", False),
-    "torchvision memory_efficient": Implementation("torchvision", True),
-    "torchvision compiled": Implementation("torchvision", False, graph=True),
-    "torchvision memory_efficient compiled": Implementation("torchvision", True, graph=True),
-    "ours plain": Implementation("ours", False),
-    "ours efficient": Implementation("ours", True),
-    "ours max": Implementation("ours", "max"),
-    "ours plain graph": Implementation("ours", False, graph=True),
-    "ours efficient graph": Implementation("ours", True, graph=True),
-    "ours compiled graph": Implementation("ours", True, graph=True, compiled=True),
+class Network(NamedTuple):
+    name: str
+    growthRate: int
+    layers: tuple[int, ...]  # of each block
+    small: bool = True  # CIFAR's first convolution and 10 classes, or ImageNet's and 1,000
+
+
+ROWS = {
+    "torchvision": Row("torchvision"),
+    "torchvision channels_last": Row("torchvision", channels_last=True),
+    "torchvision memory_efficient": Row("torchvision", True),
+    "torchvision compiled": Row("torchvision", compiled=True),
+    "torchvision channels_last compiled": Row("torchvision", channels_last=True, compiled=True),
+    "timm": Row("timm"),
+    "timm memory_efficient": Row("timm", True),
+    "ours textbook": Row("ours"),
+    "ours textbook channels_last": Row("ours", channels_last=True),
+    "ours block": Row("ours", True, channels_last=True),
+    "ours max": Row("ours", "max", channels_last=True),
+    "ours block compiled": Row("ours", True, channels_last=True, compiled=True),
+    "ours max compiled": Row("ours", "max", channels_last=True, compiled=True),
 }
+OF_DEPTHS = ["ours textbook channels_last", "ours block", "ours max"]
+OF_IMAGENET = ["torchvision", "torchvision channels_last", *OF_DEPTHS]
+IMAGENET = [Network("DenseNet-121", 32, (6, 12, 24, 16), small=False),
+            Network("DenseNet-161", 48, (6, 12, 36, 24), small=False),
+            Network("DenseNet-201", 32, (6, 12, 48, 32), small=False)]
 
 
-# --- steps ------------------------------------------------------------------------------------------------------
-
-def build(implementation: Implementation, size: Size) -> nn.Module:
-    library, option, *_ = implementation
-    if size.smallInputs:
-        return block.build(library, option, 6 * size.layers[0] + 4, size.growthRate)
-    if library == "ours":
-        return densenet.DenseNet(size.growthRate, blockConfig=size.layers, smallInputs=False, nClasses=classes(size),
-                                 efficient=option)
-    from torchvision.models import DenseNet
-    return DenseNet(size.growthRate, size.layers, 2 * size.growthRate, num_classes=classes(size),
-                    memory_efficient=option)
+def possible_rows() -> dict[str, Row]:
+    """-> the rows that can be measured here"""
+    rows = {name: row for name, row in ROWS.items() if row.library != "timm" or importlib.util.find_spec("timm")}
+    if DEVICE == "cuda":
+        rows |= {f"{name} graph": row._replace(graph=True) for name, row in rows.items() if row.library == "ours"}
+    return rows
 
 
-def torchvision_step(net: nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
-                     labels: torch.Tensor) -> torch.Tensor:
-    optimizer.zero_grad(set_to_none=True)
-    with train.autocast(images.device, precision):
-        logits = net(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+# --- a row, in its own process ----------------------------------------------------------------------------------
+
+def build(row: Row, network: Network) -> nn.Module:
+    """-> the network of this library; its output are log-probabilities"""
+    k, layers, classes = network.growthRate, network.layers, 10 if network.small else 1000
+    if row.library == "ours":
+        return DenseNet(k, blockConfig=layers, nClasses=classes, smallInputs=network.small, efficient=row.option)
+    if row.library == "torchvision":
+        net = torchvision.models.DenseNet(k, layers, 2 * k, num_classes=classes, memory_efficient=row.option)
+    else:
+        from timm.models.densenet import DenseNet as Timm
+        net = Timm(k, layers, num_classes=classes, memory_efficient=row.option)
+    if network.small:
+        net.features.conv0 = nn.Conv2d(3, 2 * k, 3, padding=1, bias=False)
+        for name in {"norm0", "relu0", "pool0"} & {name for name, _ in net.features.named_children()}:
+            delattr(net.features, name)
+    return nn.Sequential(net, nn.LogSoftmax(1))
 
 
-def make_step(implementation: Implementation, size: Size, precision: str,
-              device: torch.device) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """-> the network, a function that makes one training step on a batch of random images"""
-    torch.manual_seed(0)
-    net = build(implementation, size).to(device).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images = torch.randn(size.batchSz, 3, size.imageSize, size.imageSize, device=device)
-    labels = torch.randint(classes(size), (size.batchSz,), device=device)
-    if implementation.library == "ours":
-        images = images.contiguous(memory_format=torch.channels_last)
-        if device.type == "cuda":
-            net.to(memory_format=torch.channels_last)
-        if implementation.compiled:
-            with train.autocast(device, precision):
-                if not net.compile_block():
-                    raise RuntimeError("the block could not be compiled")
-        step = functools.partial(train.train_step, net, optimizer, precision)
-        if implementation.graph:
-            step = GraphedStep(step, net, optimizer, size.batchSz)
-        return net, functools.partial(step, images, labels, size.batchSz)
-    if precision == "bf16":
-        net, images = net.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-    if not implementation.graph:
-        return net, functools.partial(torchvision_step, net, optimizer, precision, images, labels)
-    compiled = torch.compile(net, mode="reduce-overhead")
+def make_step(row: Row, net: nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
+              labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    step = functools.partial(train.train_step, net, optimizer, precision)
+    if row.graph:
+        step = GraphedStep(step, net, optimizer, len(images))
 
-    def step():
-        torch.compiler.cudagraph_mark_step_begin()
-        return torchvision_step(compiled, optimizer, precision, images, labels)
-    return net, step
+    def one_step():
+        if row.compiled and row.library != "ours" and images.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        result = step(images, labels, len(images))
+        if row.graph and step.graph is None:
+            raise RuntimeError("no CUDA graph could be captured")
+        return result
+    return one_step
 
 
-# --- measuring --------------------------------------------------------------------------------------------------
-
-def times(step: Callable[[], Any], device: torch.device, steps: int, warmup: int) -> list[float]:
-    """-> seconds of each step. On a GPU the steps are not synchronised, as in training."""
-    for _ in range(warmup):
-        step()
-    if device.type == "cpu":
-        marks = [time.perf_counter()]
-        for _ in range(steps):
-            step()
-            marks.append(time.perf_counter())
-        return [b - a for a, b in itertools.pairwise(marks)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """-> bytes per second, read and written, when a tensor that is far larger than any cache is copied"""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = times(lambda: target.copy_(source), device, steps=10, warmup=3)
-    return 2 * source.numel() / statistics.median(seconds)
-
-
-def count_kernels(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    events = profile.events()
-    if device.type == "cpu":
-        return {"operations": sum(is_operation(e) for e in events)}
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    launches = [e for e in events if e.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch"))]
-    return {"launches": len(launches),
-            "kernels": sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)}
-
-
-def is_operation(event) -> bool:
-    """True for an aten operation that no other operation calls, and for which a GPU would run a kernel."""
-    if not event.name.startswith("aten::") or event.name in NO_KERNEL:
-        return False
-    if event.name in MAY_COPY and not any(child.name not in NO_KERNEL | {*MAY_COPY} for child in descendants(event)):
-        return False
-    caller = event
-    while caller := caller.cpu_parent:
-        if caller.name.startswith("aten::"):
-            return False
-    return True
-
-
-def descendants(event) -> Iterator:
-    for child in event.cpu_children:
-        yield child
-        yield from descendants(child)
-
-
-@contextlib.contextmanager
-def backends_for(precision: str) -> Iterator[None]:
-    """A context with the same settings as train.py's: TF32 for this precision only, although cuDNN's default is to use
-    it; cuDNN tries out its algorithms during the warm-up."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-    cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def peak_on_cpu(net: nn.Module, step: Callable[[], Any]) -> int:
-    """-> the peak of the bytes of tensors, minus those before the step
-
-    The process's own peak would be up to twice as large, because of the heap that earlier networks have left behind.
-    """
-    net.zero_grad(set_to_none=True)  # the profiler does not know the size of tensors that were allocated before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(nbytes for _, nbytes in changes))
-
-
-def measure(implementation: Implementation, size: Size, precision: str, device: torch.device,
-            args: argparse.Namespace) -> dict[str, Any]:
-    on_gpu = device.type == "cuda"
-    graphed = implementation.library == "ours" and implementation.graph
-    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+def prepare(row: Row, network: Network, args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], float]]:
+    """-> the row's memory and first step, and a function that takes a turn: seconds a step"""
+    device, on_gpu = torch.device(DEVICE), DEVICE == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    net, step = make_step(implementation, size, precision, device)
-    times(step, device, 1, args.warmup)
-    if graphed and not step.func.can_capture:
-        raise RuntimeError("no CUDA graph could be captured")
-    if on_gpu and (graphed or not implementation.graph):  # torch.compile's graphs allocate only in the warm-up
-        torch.cuda.reset_peak_memory_stats(device)
-    if graphed:  # our graph allocates only when it is captured: another learning rate makes it capture again
-        step.func.optimizer.param_groups[0]["lr"] /= 2
-    seconds = times(step, device, args.steps, warmup=1)
-    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else peak_on_cpu(net, step)
-    row = {"seconds": statistics.median(seconds), "steps": seconds, "peak": peak, **count_kernels(step, device)}
-    return row | ({"path": net.dense1.last_path} if implementation.library == "ours" else {})
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    else:
+        keep_freed_memory()  # as train.py does
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    torch.manual_seed(0)
+    net = build(row, network).to(device)
+    images = torch.randn(args.batchSz, 3, args.imageSize, args.imageSize, device=device)
+    labels = torch.randint(10, (args.batchSz,), device=device)
+    if row.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+        if row.library != "ours" or on_gpu:  # train.py leaves weights on a CPU as they are
+            net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    resting = torch.cuda.memory_allocated() if on_gpu else 0
+
+    start = time.perf_counter()
+    if row.compiled and row.library == "ours":
+        with train.autocast(device, args.precision):
+            if net.compile_block() is False:
+                raise RuntimeError("the block could not be compiled")
+    elif row.compiled:
+        net = torch.compile(net, mode="reduce-overhead" if on_gpu else None)
+    parts = row, net, optimizer, args.precision, images, labels
+    step = make_step(*parts)
+    step()
+    wait()
+    result = {"first": time.perf_counter() - start, "kept": kept_bytes(net, images, labels, args.precision)}
+    if on_gpu:
+        for _ in range(4):  # libraries choose their kernels, reduce-overhead captures
+            step()
+        if row.graph:
+            step = make_step(*parts)  # a second graph: in the first one's capture libraries tried out workspaces
+        if row.graph or not row.compiled:  # reduce-overhead allocates in its first steps only
+            torch.cuda.reset_peak_memory_stats()
+        step()
+        result["peak"] = torch.cuda.max_memory_allocated() - resting
+    else:
+        result["peak"] = peak_on_cpu(step)
+
+    def turn() -> float:
+        n = 10 if on_gpu else 1
+        if on_gpu:
+            step()
+        wait()
+        start = time.perf_counter()
+        for _ in range(n):
+            step()
+        wait()
+        return (time.perf_counter() - start) / n
+    turn()
+    return result, turn
 
 
-def try_to_measure(name: str, *rest) -> dict[str, Any]:
+def kept_bytes(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> int:
+    """Bytes that autograd keeps for the backward pass, without the parameters. A storage counts once."""
+    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held: a freed address may be used again
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+        with train.autocast(images.device, precision):
+            output = net(images)
+        F.nll_loss(output, labels)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def peak_on_cpu(step: Callable[[], Any]) -> int | None:
+    """-> the resident set's growth in a step, in bytes; None where the system is not Linux"""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier steps have freed
+    clear.write_text("5")  # resets VmHWM, the peak
+    before = process_memory("VmRSS")
+    step()
+    return process_memory("VmHWM") - before
+
+
+def process_memory(field: str) -> int:
+    """-> bytes, from /proc/self/status"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def worker(pipe, row: Row, network: Network, args: argparse.Namespace) -> None:
+    """Sends what ``prepare`` finds out, or an error, and then the seconds of a turn for each True that it receives."""
+    pipe.recv()
     try:
-        return measure(IMPLEMENTATIONS[name], *rest)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return {"error": OUT_OF_MEMORY}
-        lost = {"lost": True} if isinstance(error, (CaptureFailed, torch.AcceleratorError)) else {}
-        return {"error": " ".join(str(error).split())[:100] or type(error).__name__, **lost}
-
-
-class Rows:
-    """The measured rows: in memory and, with a path, in a file of JSON lines."""
-
-    def __init__(self, path: str | None):
-        self.path, self.rows = path, []
-        lines = Path(path).read_text().splitlines() if path and Path(path).exists() else []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave an incomplete last line
-                self.rows.append(json.loads(line))
-
-    def find(self, **key) -> dict[str, Any] | None:
-        return next((row for row in self.rows if key.items() <= row.items()), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if self.path:
-            with open(self.path, "a+b") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                last_byte = file.read()
-                if last_byte not in (b"", b"\n"):  # the last line is incomplete
-                    file.write(b"\n")
-                file.write(json.dumps(row).encode() + b"\n")
-
-
-def measure_all(names: list[str], size_name: str, device: torch.device, args: argparse.Namespace, rows: Rows,
-                about: dict[str, Any], end: float) -> bool:
-    """-> False if it stopped early, because the time was over or the GPU can no longer be used"""
-    size = SIZES[size_name]
-    for precision in args.precision:
-        must_move = bytes_to_move(size, precision)
-        for name in names:
-            key = {"size": size_name, "precision": precision, "hardware": about["hardware"], "torch": about["torch"]}
-            row = rows.find(implementation=name, **key)
-            if row is None:
-                if time.monotonic() > end:
-                    return False
-                with backends_for(precision):
-                    row = try_to_measure(name, size, precision, device, args)
-                if name.endswith("compiled"):
-                    torch._dynamo.reset()  # the compiled code holds its CUDA graphs' memory
-                free_memory(device)
-                row = {"implementation": name, **key, **about, "bytes": must_move, **row}
-                if "error" not in row:
-                    row |= {"imagesPerSecond": size.batchSz / row["seconds"],
-                            "shareOfCopy": must_move / row["seconds"] / about["copyBytesPerSecond"]}
-                rows.add(row)
-            reference = rows.find(implementation="torchvision", **key) or {}
-            print_row(row, reference.get("seconds"), device)
-            if "lost" in row and rows.rows[-1] is row:  # every later measurement in this process would fail, too
-                return False
-    return True
-
-
-# --- the table --------------------------------------------------------------------------------------------------
-
-def print_header(name: str, size: Size, device: torch.device) -> None:
-    print(f"\n{name}: k={size.growthRate}, layers {size.layers}, batch {size.batchSz}, "
-          f"{size.imageSize}x{size.imageSize}")
-    counts = f"{'launches':>10}{'kernels':>9}" if device.type == "cuda" else f"{'aten ops':>10}"
-    print(f"{'':44}{'s/step':>9}{'images/s':>10}{'ratio':>7}{'peak MiB':>10}{counts}{'must move MB':>14}{'of copy':>9}")
-
-
-def print_row(row: dict[str, Any], reference: float | None, device: torch.device) -> None:
-    """``reference`` is torchvision's seconds in this precision, or None."""
-    label = f"{row['implementation']} {row['precision']}"
-    if "error" in row:
-        print(f"{label:44} {row['error']}", flush=True)
+        result, turn = prepare(row, network, args)
+    except Exception as error:
+        pipe.send({"error": first_line(error)})
         return
-    counts = (f"{row['launches']:10,}{row['kernels']:9,}" if device.type == "cuda" else f"{row['operations']:10,}")
-    ratio = f"{reference / row['seconds']:.2f}" if reference else "-"
-    print(f"{label:44}{row['seconds']:9.4f}{row['imagesPerSecond']:10.1f}{ratio:>7}{row['peak'] / MIB:10.0f}{counts}"
-          f"{row['bytes'] / 1e6:14.1f}{row['shareOfCopy']:9.1%}", flush=True)
+    pipe.send(result)
+    while pipe.recv():  # False ends it
+        pipe.send(turn())
+
+
+# --- all rows ---------------------------------------------------------------------------------------------------
+
+def measure(rows: dict[str, Row], network: Network, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """-> for each row its network, name, memory, seconds of each turn and their median; or the error"""
+    context = multiprocessing.get_context("spawn")
+    pipes, results, processes = {}, {}, []
+    for name, row in rows.items():  # all import torch at the same time
+        pipes[name], there = context.Pipe()
+        processes.append(context.Process(target=worker, args=(there, row, network, args), daemon=True))
+        processes[-1].start()
+        there.close()
+    for name, pipe in pipes.items():
+        results[name] = {"network": network.name, "name": name, "turns": []} | ask(pipe, {})
+    for _ in range(args.steps):
+        for name, result in results.items():
+            if "error" not in result:
+                answer = ask(pipes[name])
+                if isinstance(answer, float):
+                    result["turns"].append(answer)
+                else:
+                    result |= answer
+    for name, result in results.items():
+        if "error" not in result:
+            pipes[name].send(False)
+            result["seconds"] = statistics.median(result["turns"])
+    for process in processes:
+        process.join()
+    return list(results.values())
+
+
+def ask(pipe, message: Any = True) -> Any:
+    try:
+        pipe.send(message)
+        return pipe.recv()
+    except (EOFError, OSError):
+        return {"error": "its process ended: no memory, or see above"}
+
+
+def print_table(results: list[dict[str, Any]], batchSz: int) -> None:
+    reference = next((r["seconds"] for r in results if r["name"] == "torchvision" and "seconds" in r), None)
+    print(f"\n{results[0]['network']:36}{'s/step':>9}{'ratio':>7}{'first s':>9}{'kept MiB':>10}{'peak MiB':>10}"
+          f"{'kept MB an image':>18}")
+    for r in results:
+        if "error" in r:
+            print(f"{r['name']:36} {r['error']}")
+            continue
+        ratio = f"{r['seconds'] / reference:.2f}" if reference else "-"
+        peak = "-" if r["peak"] is None else f"{r['peak'] / MIB:.0f}"
+        print(f"{r['name']:36}{r['seconds']:9.4f}{ratio:>7}{r['first']:9.1f}{r['kept'] / MIB:10.0f}{peak:>10}"
+              f"{r['kept'] / batchSz / 1e6:18.1f}")
+    sys.stdout.flush()
+
+
+def draw(results: list[dict[str, Any]], depths: list[int], path: str) -> None:
+    """Draws the rows' kept memory and time against the depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    panels = (("kept", "MiB kept for backward", MIB), ("seconds", "seconds a step", 1))
+    for ax, (key, label, unit) in zip(axes, panels, strict=True):
+        for name in dict.fromkeys(r["name"] for r in results):
+            ax.plot(depths, [r.get(key, math.nan) / unit for r in results if r["name"] == name], "o-", label=name)
+        ax.set(xlabel="depth L", ylabel=label, ylim=(0, None), xticks=depths)
+        ax.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, list[str]]:
-    """-> flags, device, names of the implementations to measure. Raises ValueError for bad input."""
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Network], dict[str, Row]]:
+    """-> flags, networks and rows to measure. Raises ValueError for bad input."""
     count = number(int, 1, 10**6)
     parser = Parser("step.py", __doc__)
-    parser.add_argument("--size", nargs="+", choices=tuple(SIZES), metavar="SIZE",
-                        help=f"network and batch: {', '.join(SIZES)} (default: bc100-64; on a CPU bc40-16)")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS,
-                        help="(default: all three; on a CPU fp32)")
-    parser.add_argument("--only", metavar="PART", nargs="+", default=[""],
-                        help="measure only implementations whose name contains one of these")
-    parser.add_argument("--steps", metavar="N", type=count, help="timed steps (default: 30; on a CPU 5)")
-    parser.add_argument("--warmup", metavar="N", type=count, help="steps before these (default: 10; on a CPU 2)")
-    parser.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: torch's own)")
-    parser.add_argument("--minutes", metavar="M", type=number(float, 0, 10**6), default=5,
-                        help="no row begins after this time; a row takes up to 3 minutes (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE.jsonl", help="add the rows to this file, and skip rows that it holds")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the rows")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="measure these rows, by their whole names")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--depths", metavar="L", type=count, nargs="+", default=[100], help="(default: 100)")
+    several.add_argument("--imagenet", action="store_true", help="DenseNet-121, 161 and 201")
+    parser.add_argument("--growthRate", metavar="K", type=count, default=12, help="(default: %(default)s)")
+    parser.add_argument("--batchSz", metavar="N", type=count, help="images (default: 64, with --imagenet 4)")
+    parser.add_argument("--imageSize", metavar="N", type=count, help="pixels (default: 32, with --imagenet 224)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--steps", metavar="N", type=count, default=7, help="turns of each row (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured, each turn's seconds too")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the rows against --depths")
     args = parser.parse_args(argv)
-
-    gpus = torch.cuda.device_count()
-    valid = ["cpu", "cuda", *(f"cuda:{i}" for i in range(gpus))] if gpus else ["cpu"]
-    args.device = args.device or ("cuda" if gpus else "cpu")
-    if args.device not in valid:
-        raise ValueError(f"--device {args.device!r} does not exist here; valid are {', '.join(valid)}")
-    device = torch.device("cuda:0" if args.device == "cuda" else args.device)
-    on_gpu = device.type == "cuda"
-    args.size = args.size or ["bc100-64" if on_gpu else "bc40-16"]
-    args.precision = args.precision or list(PRECISIONS if on_gpu else PRECISIONS[:1])
-    args.steps = args.steps or (30 if on_gpu else 5)
-    args.warmup = args.warmup or (10 if on_gpu else 2)
-    if "tf32" in args.precision and not on_gpu:
-        raise ValueError(f"--precision tf32 needs a CUDA GPU; valid on {device} are fp32, bf16")
-    possible = [name for name, implementation in IMPLEMENTATIONS.items() if on_gpu or not implementation.graph]
-    names = [name for name in possible if any(part in name for part in args.only)]
-    if not names:
-        raise ValueError(f"--only {' '.join(args.only)} is in no name; valid on {device} are parts of "
-                         f"{', '.join(possible)}")
-    for path in (args.json, args.plot):  # check before minutes of measuring
-        if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-            raise ValueError(f"{path} cannot be written; valid is the path of a file in an existing directory")
-    if args.plot and not args.plot.endswith(".png"):
-        raise ValueError(f"--plot {args.plot}; valid is a name that ends in .png")
-    return args, device, names
+    if args.precision == "tf32" and DEVICE == "cpu":
+        raise ValueError("--precision tf32 needs a CUDA GPU; valid on a CPU are fp32, bf16")
+    if args.plot and args.imagenet:
+        raise ValueError("--plot draws depths; it is not possible with --imagenet")
+    for path in (args.json, args.plot):  # before minutes of measuring
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written; valid is a file in an existing directory")
+    rows = possible_rows()
+    if unknown := [name for name in args.only or () if name not in rows]:
+        raise ValueError(f"--only {unknown[0]!r} is no row here; valid are {', '.join(map(repr, rows))}")
+    args.batchSz = args.batchSz or (4 if args.imagenet else 64)
+    args.imageSize = args.imageSize or (224 if args.imagenet else 32)
+    if args.imagenet:
+        return args, IMAGENET, {name: rows[name] for name in args.only or OF_IMAGENET}
+    with torch.device("meta"):
+        for depth in args.depths:
+            DenseNet(args.growthRate, depth)  # ValueError for a depth that does not exist
+    networks = [Network(f"BC {depth}-{args.growthRate}", args.growthRate, ((depth - 4) // 6,) * 3)
+                for depth in args.depths]
+    return args, networks, {name: rows[name] for name in args.only or (OF_DEPTHS if len(networks) > 1 else rows)}
 
 
-def run(args: argparse.Namespace, device: torch.device, names: list[str]) -> list[dict[str, Any]]:
-    end = time.monotonic() + 60 * args.minutes
-    hardware = (torch.cuda.get_device_name(device) if device.type == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads")
-    bandwidth = copy_bandwidth(device)
-    free_memory(device)
-    print(f"{hardware}, torch {torch.__version__}, copies move {bandwidth / 1e9:.1f} GB/s; "
-          f"median of {args.steps} steps after {args.warmup}")
-    if device.type == "cpu":
-        left_out = [name for name, implementation in IMPLEMENTATIONS.items()
-                    if implementation.graph and any(part in name for part in args.only)]
-        if left_out:
-            print(f"left out: {', '.join(left_out)} (CUDA graphs need a GPU)")
-        print("ratios only: on a CPU, seconds, images/s and shares depend on the machine's load; on a machine with\n"
-              "other load measure ratios with block.py, where the implementations take turns after each step")
-    about = {"device": device.type, "hardware": hardware, "torch": str(torch.__version__), "nSteps": args.steps,
-             "warmup": args.warmup, "copyBytesPerSecond": bandwidth}
-    rows = Rows(args.json)
-    for name in dict.fromkeys(args.size):
-        print_header(name, SIZES[name], device)
-        if not measure_all(names, name, device, args, rows, about, end):
-            print("stopped before the end; repeat the command with --json to measure the remaining rows")
-            break
-    return rows.rows
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """-> where, when and with what the rows are measured; without avx512_bf16 or amx_bf16, times of bf16 on a CPU have
+    no meaning"""
+    if DEVICE == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        text = info.read_text() if info.exists() else ""
+        models = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+        bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in text.split()]
+        processor = " ".join([models[0] if models else platform.processor() or platform.machine(), *bf16])
+    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "processor": processor,
+            "threads": torch.get_num_threads(), "date": str(datetime.date.today()), "precision": args.precision,
+            "batchSz": args.batchSz, "imageSize": args.imageSize}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 done, 1 a row failed for another reason than lack of memory, 2 bad input"""
-    threads = torch.get_num_threads()
+    """-> exit status: 0 all rows were measured, 1 one failed, 2 bad input"""
     try:
-        args, device, names = parse_args(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        else:
-            keep_freed_memory()  # as train.py does
-        rows = run(args, device, names)
-        if args.plot and rows:
-            step_plot.draw(rows, args.plot)
-        errors = [row["error"] for row in rows if "error" in row]
-        return int(any(error != OUT_OF_MEMORY for error in errors))
-    except (ValueError, OSError) as error:
-        print(f"step.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
+        args, networks, rows = parse_args(argv)
+    except ValueError as error:
+        return fail(error, 2, "step.py")
+    facts = about(args)
+    print("torch {torch}, torchvision {torchvision}, {processor}, {threads} threads, {date}: {precision}, batches of "
+          "{batchSz} images of {imageSize} pixels".format_map(facts), flush=True)
+    results = []
+    for network in networks:
+        results += measure(rows, network, args)
+        print_table(results[-len(rows):], args.batchSz)
+    if args.json:
+        Path(args.json).write_text(json.dumps(facts | {"rows": results}, indent=2) + "\n")
+    if args.plot:
+        draw(results, args.depths, args.plot)
+    return int(any("error" in r for r in results))
 
 
 if __name__ == "__main__":
