@@ -101,7 +101,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(io.BytesIO(lines), header=None, names=COLUMNS, skiprows=int(has_header), dtype=np.float64,
                             na_values=["nan", "NaN"], keep_default_na=False, lineterminator="\n")
-        # pandas fills short rows with nan, so count the commas as well
+        # pandas takes the first of four columns for an index, so count the commas as well
         if lines.count(b",") == 2 * (len(frame) + has_header) and frame["epoch"].between(0, MAX_EPOCH).all():
             return frame
     except pd.errors.EmptyDataError:
@@ -121,7 +121,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     raise ValueError(f"{path}: its lines are not rows epoch,loss,error of three numbers")
 
 
-def is_drawable(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+def is_drawable(values: pd.Series) -> pd.Series:
     """True where a loss or an error is not negative, infinite or nan."""
     return (values >= 0) & np.isfinite(values)
 
@@ -129,7 +129,7 @@ def is_drawable(values: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
 def rolling_epoch_mean(frame: pd.DataFrame) -> pd.DataFrame:
     """Replaces each loss and error by the mean of the epoch's worth of rows that ends there, or of all rows so far."""
     rows_per_epoch = max((frame["epoch"] // 1).value_counts(), default=1)
-    mean = frame[["loss", "error"]].where(is_drawable).rolling(rows_per_epoch, min_periods=1).mean()
+    mean = frame[["loss", "error"]].rolling(rows_per_epoch, min_periods=1).mean()  # skips nan and inf
     return pd.concat([frame["epoch"], mean], axis=1)
 
 
@@ -216,7 +216,7 @@ def scale_y(axes: Axes, values: np.ndarray, column: str) -> None:
     bottom, top = low / margin, high * margin
     if column == "error":
         top = min(top, max(high, 100))
-    if top < 8 * bottom:  # powers of ten and their multiples would be too few
+    if top < 10 * bottom:  # 1, 2 and 5 times a power of ten would be two ticks or fewer
         locator = MaxNLocator(8, steps=[1, 2, 5, 10])
     else:
         locator = LogLocator(subs=[1, 2, 5] if top < 1e5 * bottom else [1], numticks=12)

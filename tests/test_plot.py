@@ -143,6 +143,7 @@ def test_error_axis_is_logarithmic_with_plain_percent(tmp_path):
 def test_narrow_and_wide_ranges_have_ticks_at_round_numbers(tmp_path):
     write_test_csv(tmp_path, "1,0.36,11.9", "2,0.341,11.1")
     assert y_ticks(drawn(tmp_path)) == ["11%", "11.2%", "11.4%", "11.6%", "11.8%", "12%"]
+    assert y_ticks(drawn(write_test_csv(tmp_path, "1,2,90", "2,1,13"))) == ["20%", "40%", "60%", "80%"]
     write_test_csv(tmp_path, "1,2.3,90", "2,1e30,90")
     assert 3 <= len(y_ticks(drawn(tmp_path, column="loss"))) <= 15
 
@@ -153,6 +154,7 @@ def test_limits_are_close_to_the_curves(tmp_path):
     bottom, top = np.log(axes.get_ylim())
     assert bottom < lines[0] and lines[1] < top and (lines[1] - lines[0]) / (top - bottom) > 0.9
     assert axes.get_xlim() == (1, 2)
+    assert drawn(write_test_csv(tmp_path, "1,2.4,97", "2,1.2,9")).get_ylim()[1] == 100
 
 
 @pytest.mark.parametrize(("batches", "ticks"), [
@@ -261,6 +263,8 @@ def test_a_bad_line_is_refused_by_file_and_number(tmp_path, capsys, header, bad)
     for end in ("\n3,2,70\n4,5\n", "\n"):  # a later short row must not even out the commas
         (run / "test.csv").write_text(header + rows + bad + end)
         assert f"{run / 'test.csv'}, line {4 if header else 3}: {plot.printable(repr(bad))}" in refused(capsys, run)
+    write_test_csv(run, "1,2,3,4", "2,3,4,5")
+    assert f"{run / 'test.csv'}, line 1: '1,2,3,4'" in refused(capsys, run)
     assert names(run) == ["test.csv", "train.csv"]
 
 
