@@ -41,12 +41,12 @@ def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
 
 
 def describe(net: DenseNet) -> str:
-    """Such as "DenseNet-BC L=100 k=12": B is for bottleneck, C for compression, L the depth, k the growth rate."""
+    """Such as "DenseNet-BC, L=100, k=12": B is for bottleneck, C for compression, L the depth, k the growth rate."""
     a = net.arguments
     letters = ("B" if a["bottleneck"] else "") + ("C" if a["reduction"] < 1 else "")
     name = f"DenseNet-{letters}" if letters else "DenseNet"
-    size = f"L={a['depth']}" if a["depth"] else f"blocks {a['blockConfig']}"
-    return f"{name} {size} k={a['growthRate']}"
+    size = f"L={a['depth']}" if a["depth"] else f"blocks of {', '.join(map(str, a['blockConfig']))} layers"
+    return f"{name}, {size}, k={a['growthRate']}"
 
 
 def torchvision_net(net: DenseNet) -> nn.Module:
