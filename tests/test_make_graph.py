@@ -238,7 +238,7 @@ def test_each_block_has_a_panel_with_its_map_and_labels():
     (["--graph", "reuse", "--untrained"], "give --checkpoint FILE"),
     (["--graph", "reuse", "--checkpoint", "x.pth", "--depth", "100"], "--depth contradicts --checkpoint x.pth"),
     (["--graph", "reuse", "--checkpoint", "none.pth"], "none.pth"),
-    (["--graph", "reuse", "--checkpoint", __file__], "damaged")])
+    (["--graph", "reuse", "--checkpoint", __file__], "test_make_graph.py")])
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, flags, part):
     monkeypatch.chdir(tmp_path)
     assert part in refused(capsys, *flags)
