@@ -18,8 +18,8 @@ import torch
 import densenet
 from densenet import DenseNet
 from lib import data
-from lib.cli import Parser, add_network_flags, fail, flag, network_arguments, number, path
-from lib.compare import EFFICIENT, Side, describe, layers_of, new_file, record, settle_kinks, torchvision_net
+from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, exit_status, flag, network_arguments, number
+from lib.compare import EFFICIENT, Side, describe, file, layers_of, new_file, record, settle_kinks, torchvision_net
 from lib.figures import COLOURS, GRID, Figure, style
 
 FACTOR = 4  # an error may be this many times the reference's own rounding error
@@ -42,13 +42,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=", ".join(f"{name} ({text})" for name, text in AGAINST.items()) + "; default: %(default)s")
     add("--efficient", choices=tuple(EFFICIENT), default=None,
         help="how our dense blocks are computed, as in train.py (default: no; with plain: yes)")
-    add("--checkpoint", metavar="FILE", type=path, default=None,
+    add("--checkpoint", metavar="FILE", type=file, default=None,
         help="train.py's latest.pth: use its network, weights and training images (default: random ones)")
-    add("--data", metavar="DIR", type=path, default=None,
+    add("--data", metavar="DIR", default=None,
         help="where the checkpoint's data set is now (default: where the run had it)")
     add("--batchSz", metavar="N", type=number(int, 2, 1024), default=8,
         help="number of images (default: %(default)s)")
-    add("--csv", metavar="FILE", type=new_file(), default=None, help="write a row for each tensor")
+    add("--csv", metavar="FILE.csv", type=new_file(".csv"), default=None, help="write a row for each tensor")
     add("--plot", metavar="FILE.png", type=new_file(".png"), default=None,
         help="draw each layer's largest difference")
     add("--seed", metavar="S", type=number(int, 0, 2**32 - 1), default=1,
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_network_flags(parser.add_argument_group("network"), depth=22, growth_rates=(2, 64))
     args, explicit = parser.parse(argv)
     args.efficient = args.efficient or ("yes" if args.against == "plain" else "no")
-    network = [flag(name) for name in ("growthRate", "depth", "reduction", "no_bottleneck") if name in explicit]
+    network = [flag(name) for name in NETWORK_FLAGS if name in explicit]
     if args.checkpoint and network:
         raise ValueError(f"{network[0]} contradicts --checkpoint {args.checkpoint}, which has a network of its own; "
                          "give one of them")
@@ -84,7 +84,6 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, torch.Tensor, torch.Tensor
 
     Raises:
         ValueError: for impossible dimensions of the network, and for files that are damaged or do not fit.
-        OSError: for files that cannot be read.
     """
     torch.manual_seed(args.seed)
     if not args.checkpoint:
@@ -218,7 +217,7 @@ def draw(axes, frame: pd.DataFrame, tested: str, reference: str) -> None:
     axes.set(yscale="log", xlim=(-0.5, len(names) - 0.5), xlabel="Layers, in order of computation")
 
 
-def write_figure(file: str, title: str, frame: pd.DataFrame, tested: str, reference: str) -> None:
+def write_figure(path: str, title: str, frame: pd.DataFrame, tested: str, reference: str) -> None:
     is_backward = frame.kind.isin(BACKWARD)
     with style(GRID):
         figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
@@ -229,33 +228,28 @@ def write_figure(file: str, title: str, frame: pd.DataFrame, tested: str, refere
         backward.set(title="Gradients")
         figure.legend(*forward.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title)
-        figure.savefig(file)
+        figure.savefig(path)
 
 
+@exit_status
 def main(argv: list[str] | None = None) -> int:
     """-> exit status"""
-    try:
-        args = parse_args(argv)
-        tested, reference = sides(args)
-        if tested.device == "cuda" and not torch.cuda.is_available():
-            print(f"skipped {args.against}: this machine has no GPU that PyTorch can use")
-            return 0
-        net, images, labels = load(args)
-        if reference.torchvision:
-            torchvision_net(net)  # raises ValueError if there is none
-    except (OSError, ValueError) as error:
-        return fail(error, 2, "compare_grads.py")
+    args = parse_args(argv)
+    tested, reference = sides(args)
+    if tested.device == "cuda" and not torch.cuda.is_available():
+        print(f"skipped {args.against}: this machine has no GPU that PyTorch can use")
+        return 0
+    net, images, labels = load(args)
+    if reference.torchvision:
+        torchvision_net(net)  # raises ValueError if there is none
     title = f"{describe(net)}: {AGAINST[args.against]}"
     print(title)
-    try:
-        frame = compare(tested, reference, net, images, labels)
-        print(table(frame, tested.name, reference.name))
-        if args.csv:
-            frame.to_csv(args.csv, index=False)
-        if args.plot:
-            write_figure(args.plot, title, frame, tested.name, reference.name)
-    except (OSError, RuntimeError) as error:
-        return fail(error, 1, "compare_grads.py")
+    frame = compare(tested, reference, net, images, labels)
+    print(table(frame, tested.name, reference.name))
+    if args.csv:
+        frame.to_csv(args.csv, index=False)
+    if args.plot:
+        write_figure(args.plot, title, frame, tested.name, reference.name)
     print(verdict(frame))
     return 1 if (frame.share > 1).any() else 0
 

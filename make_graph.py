@@ -31,8 +31,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 import densenet
 from densenet import DenseNet, Transition
-from lib.cli import Parser, add_network_flags, fail, flag, network_arguments, number, path, tell
-from lib.compare import describe, operations
+from lib import cli
+from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, exit_status, flag, network_arguments, number
+from lib.compare import describe, file, operations
 
 IMAGE = (1, 3, 32, 32)  # one image of CIFAR
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
@@ -62,11 +63,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
              "one operation (default: no)")
     add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
         help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
-    add("--checkpoint", metavar="FILE", type=path,
+    add("--checkpoint", metavar="FILE", type=file,
         help="reuse only: the trained network, as train.py saves it, in place of the flags of the network")
     add("--untrained", action="store_true",
         help="reuse only: the checkpoint's network at its first weights instead, as a control")
-    add("--out", metavar="FILE", type=path, default=".",
+    add("--out", metavar="FILE", default=".",
         help="an existing directory, or the path of the files without suffix (default: ./graph-<kind>)")
     add_network_flags(parser.add_argument_group("network (block takes --layers instead of --depth)"), depth=100)
     args, explicit = parser.parse(argv)
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if of_reuse and args.graph != "reuse":
         raise ValueError(f"{of_reuse[0]} belongs to --graph reuse; --graph {args.graph} draws the network of the other "
                          "flags")
-    of_network = [flag(name) for name in ("growthRate", "depth", "reduction", "no_bottleneck") if name in explicit]
+    of_network = [flag(name) for name in NETWORK_FLAGS if name in explicit]
     if of_network and args.graph == "reuse":
         raise ValueError(f"{of_network[0]} contradicts --checkpoint {args.checkpoint}, which has a network of its own")
     return args
@@ -96,7 +97,6 @@ def load(args: argparse.Namespace) -> tuple[DenseNet, str]:
 
     Raises:
         ValueError: for impossible dimensions or a damaged checkpoint.
-        OSError: for a checkpoint that cannot be read.
     """
     if args.graph == "reuse":
         net, checkpoint = densenet.load(args.checkpoint), densenet.read_checkpoint(args.checkpoint)
@@ -412,42 +412,35 @@ def write_figure(figure: Figure, stem: str) -> None:
 
 
 def write_graph(statements: list[str], title: str, stem: str) -> None:
-    """Writes .dot and, if Graphviz is installed, .svg and .png. Raises RuntimeError if Graphviz fails."""
+    """Writes .dot and, if Graphviz is installed, .svg and .png. Raises Failure if Graphviz fails."""
     text = "\n".join([f"{DOT}label={quote(title)};", *statements, "}", ""])
     Path(f"{stem}.dot").write_text(text, encoding="utf-8")
     print(f"{stem}.dot")
     if not shutil.which("dot"):
-        tell("Graphviz's dot was not found, so no .svg and .png were written; install graphviz (with apt, brew or "
-             "conda)", "make_graph.py")
+        cli.tell("Graphviz's dot was not found, so no .svg and .png were written; install graphviz (with apt, brew or "
+                 "conda)", "make_graph.py")
         return
     for suffix, dpi in (("svg", 72), ("png", 150)):
         dot = subprocess.run(["dot", f"-T{suffix}", f"-Gdpi={dpi}", f"-o{stem}.{suffix}"], input=text.encode(),
                              capture_output=True)
         if dot.returncode:
-            raise RuntimeError(f"dot failed for {stem}.{suffix} ({dot.stderr.decode(errors='replace').strip()[:200]})")
+            raise cli.Failure(f"dot failed for {stem}.{suffix} ({dot.stderr.decode(errors='replace').strip()[:200]})")
         print(f"{stem}.{suffix}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 all files written, 1 failed while drawing or writing, 2 bad input and nothing written"""
-    try:
-        args = parse_args(argv)
-        stem = stem_of(args.out, f"{args.graph}-untrained" if args.untrained else args.graph)
-        net, title = load(args)
-    except (OSError, ValueError) as error:
-        return fail(error, 2, "make_graph.py")
-    try:
-        with style(STYLE):
-            if args.graph == "block":
-                write_figure(draw_block(net), stem)
-            elif args.graph == "reuse":
-                write_figure(draw_reuse(net, title), stem)
-            else:
-                statements = autograd_graph(net) if args.graph == "autograd" else modules_graph(net)
-                write_graph(statements, f"{title}\n{NOTE[args.graph]}", stem)
-    except (OSError, RuntimeError) as error:
-        return fail(error, 1, "make_graph.py")
-    return 0
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    stem = stem_of(args.out, f"{args.graph}-untrained" if args.untrained else args.graph)
+    net, title = load(args)
+    with style(STYLE):
+        if args.graph == "block":
+            write_figure(draw_block(net), stem)
+        elif args.graph == "reuse":
+            write_figure(draw_reuse(net, title), stem)
+        else:
+            statements = autograd_graph(net) if args.graph == "autograd" else modules_graph(net)
+            write_graph(statements, f"{title}\n{NOTE[args.graph]}", stem)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,25 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition, torchvision_name
+from lib.cli import Failure
 
 EFFICIENT = {"no": False, "yes": True, "max": "max"}  # a flag's value -> DenseNet's argument
 SHIFT = 0.05  # in standard deviations: the most that settle_kinks moves an output of batch norm
 
 
-def new_file(suffix: str = ""):
+def file(text: str) -> str:
+    """An argparse type: the path of a file."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}; there is no such file")
+    return text
+
+
+def new_file(suffix: str):
     """-> an argparse type: the path of a file that can be written. Refusing it later would lose the tool's work."""
     def parse(text: str) -> str:
-        folder, name = os.path.split(text)
-        is_file = name and text.isprintable() and (os.path.isfile(text) or not os.path.exists(text))
-        if not (is_file and text.endswith(suffix) and os.access(folder or ".", os.W_OK | os.X_OK)):
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a file{f' that ends in {suffix}' * bool(suffix)}"
-                                             ", in an existing, writable directory")
+        if os.path.isdir(text) or not (text.endswith(suffix) and os.access(os.path.dirname(text) or ".", os.W_OK)):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a file that ends in {suffix}, in an existing, "
+                                             "writable directory")
         return text
     return parse
 
@@ -84,14 +90,14 @@ def operations(output: torch.Tensor) -> list[Node]:
 
 
 def check_efficient(net: DenseNet, output: torch.Tensor) -> None:
-    """Raises RuntimeError if the blocks were not computed as ``net.efficient`` asks.
+    """Raises Failure if the blocks were not computed as ``net.efficient`` asks.
 
     Without this, a check of the efficient block could pass although only the textbook's layers ran.
     """
     n = sum(node.name() == "EfficientBlockBackward" for node in operations(output))
     if n != (net.nBlocks if net.efficient else 0):
-        raise RuntimeError(f"{n} of {net.nBlocks} dense blocks were computed by the efficient block although efficient "
-                           f"is {net.efficient!r}, so the check says nothing")
+        raise Failure(f"{n} of {net.nBlocks} dense blocks were computed by the efficient block although efficient "
+                      f"is {net.efficient!r}, so the check says nothing")
 
 
 @torch.no_grad()
@@ -153,7 +159,7 @@ def record(side: Side, net: DenseNet, images: torch.Tensor, labels: torch.Tensor
         images: (N, C, H, W), labels: int64 (N,)
 
     Raises:
-        RuntimeError: if the blocks were not computed as the side asks.
+        Failure: if the blocks were not computed as the side asks.
     """
     model = torchvision_net(net) if side.torchvision else copy.deepcopy(net)
     model.train().to(side.device, dtype)
