@@ -82,18 +82,18 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
         yield make_case(f"network, {name}", net, torch.randn(4, 3, 8, 8), device, by_element=False)
 
 
-def wrong_gradient(case: Case) -> str | None:
-    """-> the first wrong gradient of the backward pass, or None"""
+def check_case(case: Case) -> tuple[str | None, float]:
+    """-> the first wrong gradient of the backward pass, or None; the largest error along the directions"""
     if not case.by_element:
-        wrong = (name for name, tensors in case.inputs.items() if not error_at(case.function, tensors, STEP) <= LIMIT)
-        return next(wrong, None)
+        errors = {name: error_at(case.function, tensors, STEP) for name, tensors in case.inputs.items()}
+        return next((name for name, error in errors.items() if not error <= LIMIT), None), max(errors.values())
+    tensors, wrong = [t for [t] in case.inputs.values()], None
     try:
-        gradcheck(lambda *_: case.function(), [t for [t] in case.inputs.values()], atol=1e-6, rtol=1e-5,
-                  nondet_tol=1e-10)
+        gradcheck(lambda *_: case.function(), tensors, atol=1e-6, rtol=1e-5, nondet_tol=1e-10)
     except GradcheckError as error:
         found = re.search(r"with respect to input (\d+)", str(error))
-        return [*case.inputs][int(found[1])] if found else str(error).splitlines()[0]
-    return None
+        wrong = [*case.inputs][int(found[1])] if found else str(error).splitlines()[0]
+    return wrong, error_at(case.function, tensors, STEP)
 
 
 def error_at(function: Callable[[], torch.Tensor], tensors: list[torch.Tensor], step: float) -> float:
@@ -136,7 +136,7 @@ def check(args: argparse.Namespace) -> tuple[str | None, float, dict[str, list[f
         with context:
             for case in cases(args, device):
                 tensors = [t for group in case.inputs.values() for t in group]
-                wrong, error = wrong_gradient(case), error_at(case.function, tensors, STEP)
+                wrong, error = check_case(case)
                 print(f"{case.name:36}{sum(t.numel() for t in tensors):8}  {error:7.1e}  "
                       f"{f'DIFFERS: gradient of {wrong}' if wrong else 'ok'}", flush=True)
                 largest = max(largest, error)
