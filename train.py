@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     if saved:
         state |= load_checkpoint(saved, net, optimizer, settings, args)
     batches = {part: Batches(found, state["mean"], state["std"], device, args.border) for part, found in images.items()}
+    del images  # batches hold them
     step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
 
     if world.rank == 0:
@@ -219,8 +220,9 @@ def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
     step: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, 4.2). cosine: lr (1 + cos(pi t)) / 2, where t is
     the share of epochs that are done.
     """
+    epoch = min(epoch, nEpochs)
     if schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * (min(epoch, nEpochs) - 1) / nEpochs)) / 2
+        return lr * (1 + math.cos(math.pi * (epoch - 1) / nEpochs)) / 2
     if schedule == "step" and 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
         return lr / 100
     return lr / 10 if schedule == "step" and 2 * (epoch - 1) >= nEpochs else lr

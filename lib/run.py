@@ -106,11 +106,8 @@ class Run:
         return saved
 
     def files(self) -> list[str]:
-        """-> the names of a run's files that are there, but for empty CSVs, which a killed start may leave"""
-        def is_empty(path: Path) -> bool:
-            return path.name in CSVS and path.is_file() and path.stat().st_size == 0
-
-        return [name for name in FILES if os.path.lexists(self.path / name) and not is_empty(self.path / name)]
+        """-> the names of a run's files that are there"""
+        return [name for name in FILES if os.path.lexists(self.path / name)]
 
     def lock(self) -> None:
         """Keeps other processes out until this one ends."""
@@ -118,15 +115,15 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(self.path / ".lock", "a+b")  # noqa: SIM115 (open until the end)
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock_file.truncate(0)
+            self.lock_file.write(f"{os.getpid()}\n".encode())
+            self.lock_file.flush()
         except BlockingIOError:
             self.lock_file.seek(0)
             pid = self.lock_file.read(32).decode(errors="replace").strip()
             raise RunError(f"--save {self.path} is in use by process {pid}") from None
         except OSError as error:
             raise RunError(f"--save {self.path}: {error.strerror}") from None
-        self.lock_file.truncate(0)
-        self.lock_file.write(f"{os.getpid()}\n".encode())
-        self.lock_file.flush()
 
     def read(self, *names: str) -> list[dict[str, Any]]:
         """-> those of these checkpoints that are there and undamaged"""
@@ -135,7 +132,7 @@ class Run:
             try:
                 checkpoint = read_checkpoint(self.path / name)
                 if missing := [key for key in NEEDED if key not in checkpoint]:
-                    raise ForeignFile(f"{self.path / name} is not a checkpoint of this train.py: no {missing[0]}")
+                    raise ForeignFile(f"{self.path / name} is no checkpoint of this train.py: it has no {missing[0]}")
                 sound.append(checkpoint)
             except ForeignFile as error:
                 raise RunError(f"{error}; move it, or name another directory by --save") from None
@@ -175,14 +172,15 @@ class Run:
             if self.files():
                 raise RunError(f"--save {self.path}: another process has begun a run there")
         names = [name for name in CSVS if name != "val.csv" or state["valImages"]]
-        for name in names:
+        for name in {*names} & {*self.files()}:
             with naming(self.path / name):
-                self.csvs[name] = open(self.path / name, "a+b", buffering=0)  # noqa: SIM115 (open until the end)
+                open(self.path / name, "ab").close()  # if it cannot be written, the run is refused now
         is_same = saved and all(state[name] == saved.get(name) for name in ("flags", "test"))
         if not is_same or not self.continues_latest:
             self.write(state, keep_previous=False)
-        for name, csv in self.csvs.items():
+        for name in names:
             with naming(self.path / name):
+                csv = self.csvs[name] = open(self.path / name, "a+b", buffering=0)  # noqa: SIM115 (open until the end)
                 csv.truncate(state["csvLengths"].get(name, 0))
                 csv.seek(0)
                 self.digests[name] = hashlib.sha256(csv.read())
