@@ -7,40 +7,40 @@ reuse: how much each layer of a trained network reads from the layers before it 
 """
 
 import argparse
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from lib.figures import COLOURS  # must be imported before matplotlib, see lib/figures.py
+from lib.figures import COLOURS, Figure, style  # before matplotlib's other modules, see there
 
 # isort: split
-import matplotlib.style
+import matplotlib
 import torch
 import torch.nn as nn
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure  # without pyplot: no display needed
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.path import Path as Curve
 from torch.autograd.graph import Node, get_gradient_edge
 
-from densenet import DenseBlock, DenseNet, Transition
-from lib.cli import Parser, add_network_flags, fail, network_arguments, number, path, tell
-from lib.files import replace_file
-from lib.layers import operations
-from lib.reuse import draw_reuse, load_network, reuse_maps
+import densenet
+from densenet import DenseNet, Transition
+from lib import cli
+from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, exit_status, flag, network_arguments, number
+from lib.compare import describe, file, operations
 
 IMAGE = (1, 3, 32, 32)  # one image of CIFAR
-DOT_SECONDS = 120  # time limit; a network of depth 250 takes 2 s
 PALE_BLUE, SAND, PALE_GREEN, GREY, INK = "#DCEBF5", "#FBE3B9", "#CDE9DF", "#555555", "#333333"
 CENTRED = {"ha": "center", "va": "center"}
+CMAP = matplotlib.colormaps["YlGnBu"]
+MAX_NUMBERED = 9  # rows of a map of reuse whose cells show numbers; the cells of larger maps are too small
+MAX_TICKS = 9  # layer numbers along an axis of such a map
 STYLE = {"mathtext.fontset": "cm", "svg.hashsalt": "densenet"}  # a fixed salt makes the .svg the same in every run
 TIMES = "\N{MULTIPLICATION SIGN}"
 FILL = {"Convolution": SAND, "EfficientBlock": SAND, "Cat": PALE_GREEN}
@@ -54,7 +54,7 @@ edge [color="#444444", arrowsize=0.5];
 """
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("make_graph.py", __doc__)
     add = parser.add_argument
     add("--graph", choices=("autograd", "modules", "block", "reuse"), default="modules", help="default: %(default)s")
@@ -63,35 +63,56 @@ def get_args_parser() -> argparse.ArgumentParser:
              "one operation (default: no)")
     add("--layers", metavar="N", type=number(int, 3, len(COLOURS)), default=5,
         help=f"block only: x0 to x(N-1) are drawn, N from 3 to {len(COLOURS)} (default: %(default)s)")
-    add("--checkpoint", metavar="FILE", type=path,
-        help="reuse only: the trained network, as train.py saves it; the flags of the network may be left out")
+    add("--checkpoint", metavar="FILE", type=file,
+        help="reuse only: the trained network, as train.py saves it, in place of the flags of the network")
     add("--untrained", action="store_true",
         help="reuse only: the checkpoint's network at its first weights instead, as a control")
-    add("--out", metavar="FILE", type=path, default=".",
+    add("--out", metavar="FILE", default=".",
         help="an existing directory, or the path of the files without suffix (default: ./graph-<kind>)")
     add_network_flags(parser.add_argument_group("network (block takes --layers instead of --depth)"), depth=100)
-    return parser
+    args, explicit = parser.parse(argv)
+    if args.graph == "reuse" and not args.checkpoint:
+        raise ValueError("--graph reuse needs a trained network; give --checkpoint FILE, the latest.pth of a run")
+    of_reuse = [flag(name) for name in ("untrained", "checkpoint") if name in explicit]
+    if of_reuse and args.graph != "reuse":
+        raise ValueError(f"{of_reuse[0]} belongs to --graph reuse; --graph {args.graph} draws the network of the other "
+                         "flags")
+    of_network = [flag(name) for name in NETWORK_FLAGS if name in explicit]
+    if of_network and args.graph == "reuse":
+        raise ValueError(f"{of_network[0]} contradicts --checkpoint {args.checkpoint}, which has a network of its own")
+    return args
 
 
-def stem_of(out: str, kind: str) -> Path:
+def stem_of(out: str, kind: str) -> str:
     """-> the path of the files without suffix. Raises ValueError if they cannot be written."""
     stem = Path(out, f"graph-{kind}") if os.path.isdir(out) or out.endswith("/") else Path(out)
     stem = stem.with_suffix("") if stem.suffix in (".dot", ".svg", ".png") else stem
-    if not os.path.isdir(stem.parent):
-        raise ValueError(f"--out {out}: there is no directory {stem.parent}; valid are paths in an existing one")
     if not os.access(stem.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: no permission to write into {stem.parent}; choose another directory")
-    return stem
+        raise ValueError(f"--out {out}: {stem.parent} is no directory that can be written to")
+    return str(stem)
 
 
-def make_net(args: argparse.Namespace) -> DenseNet:
-    """Raises ValueError if no network has these dimensions."""
-    arguments = network_arguments(args)
-    efficient = args.graph == "autograd" and args.efficient == "yes"
-    if args.graph == "block":
-        arguments["depth"] = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
-    with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes without values
-        return DenseNet(**arguments, efficient=efficient)
+def load(args: argparse.Namespace) -> tuple[DenseNet, str]:
+    """-> the network and its description
+
+    Raises:
+        ValueError: for impossible dimensions or a damaged checkpoint.
+    """
+    if args.graph == "reuse":
+        net, checkpoint = densenet.load(args.checkpoint), densenet.read_checkpoint(args.checkpoint)
+        which = f", after epoch {checkpoint['epoch']}"
+        if args.untrained:
+            seed = checkpoint["flags"]["seed"]
+            torch.manual_seed(seed)  # as train.py does before it builds the network
+            net, which = DenseNet(**net.arguments), f", before training (seed {seed})"
+    else:
+        arguments, which = network_arguments(args), ""
+        if args.graph == "block":
+            arguments["depth"] = 4 + (args.layers - 1) * (3 if args.no_bottleneck else 6)
+        efficient = args.graph == "autograd" and args.efficient == "yes"
+        with torch.device("cpu" if efficient else "meta"):  # meta: the same operations and shapes without values
+            net = DenseNet(**arguments, efficient=efficient)
+    return net, f"{describe(net)}, {sum(p.numel() for p in net.parameters()):,} parameters{which}"
 
 
 # --- .dot -------------------------------------------------------------------------------------------------------
@@ -104,21 +125,6 @@ def statement(*names: str, **attributes: object) -> str:
     """-> the .dot statement for a node (one name) or an edge (two names)"""
     values = ", ".join(f"{name}={quote(value)}" for name, value in attributes.items())
     return f"{' -> '.join(map(quote, names))} [{values}];"
-
-
-def run_dot(text: str, suffix: str) -> bytes:
-    """-> the drawing as .svg or .png. Raises RuntimeError, with a one-line message, if dot fails."""
-    command = ["dot", f"-T{suffix}", f"-Gdpi={150 if suffix == 'png' else 72}"]
-    try:
-        dot = subprocess.run(command, input=text.encode(), capture_output=True, timeout=DOT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"dot took more than {DOT_SECONDS} s for the .{suffix}; the .dot is written") from None
-    except OSError as error:
-        raise RuntimeError(f"dot cannot be run ({error.strerror}); the .dot is written") from None
-    if dot.returncode:
-        reason = dot.stderr.decode(errors="replace").strip()[:200] or "no message"
-        raise RuntimeError(f"dot failed for the .{suffix} with status {dot.returncode} ({reason}); the .dot is written")
-    return dot.stdout
 
 
 # --- the backward pass ------------------------------------------------------------------------------------------
@@ -154,11 +160,6 @@ def autograd_graph(net: DenseNet) -> list[str]:
 
 # --- layers and shapes ------------------------------------------------------------------------------------------
 
-def origin(tensor: torch.Tensor) -> Node:
-    """-> the backward node of the operation that made the tensor"""
-    return get_gradient_edge(tensor).node
-
-
 def caption(name: str, layer: nn.Module) -> str:
     """Such as "dense1.0  1x1→48, 3x3→12": kernel sizes and output channels of the layer's convolutions."""
     convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv2d)]
@@ -185,30 +186,29 @@ class Layers:
     def add(self, name: str, label: str, output: torch.Tensor, **attributes: object) -> None:
         label = f"{label}\n{TIMES.join(map(str, output.shape[1:]))}".strip()
         self.statements.append(statement(name, label=label, group=max(1, len(self.heads)), **attributes))
-        self.maker[origin(output)] = name
+        self.maker[get_gradient_edge(output).node] = name
 
     def source(self, tensor: torch.Tensor) -> str:
         """-> the node that made the tensor. Adds a node for operations outside of layers (ReLU, mean)."""
-        operation = origin(tensor)
-        outside_layers = []
+        operation, outside_layers = get_gradient_edge(tensor).node, []
         while operation not in self.maker:
             outside_layers.insert(0, name_of(operation))
             operation = operation.next_functions[0][0]
-        if outside_layers:
-            name = ", ".join(outside_layers)
-            self.statements.append(statement(self.maker[operation], name))
-            self.add(name, name, tensor)
-        return self.maker[origin(tensor)]
+        if not outside_layers:
+            return self.maker[operation]
+        name = ", ".join(outside_layers)
+        self.statements.append(statement(self.maker[operation], name))
+        self.add(name, name, tensor)
+        return name
 
     def add_plain(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         source = self.source(inputs[0])
         if isinstance(layer, Transition):  # starts a column; written backwards, since dot draws edges downwards
             self.statements.append(statement(name, source, dir="back", tailport="w", headport="e", weight=0))
-            self.heads.append(name)
         else:
             self.statements.append(statement(source, name))
-            if not self.heads:
-                self.heads.append(name)
+        if isinstance(layer, Transition) or not self.heads:
+            self.heads.append(name)
         self.add(name, caption(name, layer), output, fillcolor=SAND)
 
     def add_dense(self, name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -216,22 +216,20 @@ class Layers:
 
         The width of the line from the input to the joint is proportional to the number of channels.
         """
-        joint = f"{name} cat"
+        source, joint = self.source(inputs[0]), f"{name} cat"
         self.blocks.setdefault(name.split(".")[0], []).extend((name, joint))
-        self.statements += [statement(name, label=caption(name, layer), fillcolor=PALE_BLUE),
-                            statement(self.source(inputs[0]), name, tailport="sw")]
-        bypass = dict(color=COLOURS[0], arrowhead="none", weight=20,
-                      penwidth=0.5 + inputs[0].shape[1] / self.channels_per_point)
-        for operand, _ in output.grad_fn.next_functions:  # of the concatenation: the input, the layer's new channels
-            is_input = operand in self.maker
-            edge = statement(self.maker[operand], joint, **bypass) if is_input else statement(name, joint)
-            self.statements.append(edge)
+        width = 0.5 + inputs[0].shape[1] / self.channels_per_point
+        self.statements += [
+            statement(name, label=caption(name, layer), fillcolor=PALE_BLUE),
+            statement(source, name, tailport="sw"),
+            statement(source, joint, color=COLOURS[0], arrowhead="none", weight=20, penwidth=width),
+            statement(name, joint)]
         self.add(joint, "", output, fontsize=9, color=COLOURS[0], height=0.15, margin="0.04,0.01")
 
     def arrangement(self) -> list[str]:
         """-> statements that draw a frame around each block and put the columns side by side"""
-        style = 'labeljust=l; labelloc=b; style="filled,rounded"; color="#F3F3F3"'
-        frames = [f"subgraph {quote(f'cluster {block}')} {{ {style}; label={quote(block)}; "
+        look = 'labeljust=l; labelloc=b; style="filled,rounded"; color="#F3F3F3"'
+        frames = [f"subgraph {quote(f'cluster {block}')} {{ {look}; label={quote(block)}; "
                   f"{'; '.join(map(quote, members))}; }}" for block, members in self.blocks.items()]
         return [*frames, f"{{ rank=same; {' -> '.join(map(quote, self.heads))} [style=invis]; }}"]
 
@@ -242,7 +240,7 @@ def modules_graph(net: DenseNet) -> list[str]:
     for name, layer in net.named_modules():
         if re.fullmatch(r"\w+\.\d+", name):  # dense1.0
             layer.register_forward_hook(partial(layers.add_dense, name))
-        elif re.fullmatch(r"\w+", name) and not isinstance(layer, DenseBlock):  # conv1, trans1, bn1, fc
+        elif re.fullmatch(r"\w+", name) and not name.startswith("dense"):  # conv1, trans1, bn1, fc
             layer.register_forward_hook(partial(layers.add_plain, name))
     layers.source(net(image))
     return layers.statements + layers.arrangement()
@@ -296,8 +294,7 @@ def draw_connections(axes: Axes, i: int, channels: list[int], unit: float) -> No
 def draw_block(net: DenseNet) -> Figure:
     """Draws the first dense block and its transition, with a coordinate system in pixels."""
     k, last = net.arguments["growthRate"], net.trans1.conv1
-    reads = [layer.bn1.num_features for layer in net.dense1] + [last.in_channels]  # input channels of each function
-    channels = [reads[0], *(after - before for before, after in pairwise(reads))]  # of x_0, x_1, ...
+    reads, channels = channels_of(readers_of(net)["trans1"])
     n, width = len(reads), 300 * len(reads) + 100
     figure = Figure(figsize=(width / 100, 6), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, 600))
@@ -317,76 +314,133 @@ def draw_block(net: DenseNet) -> Figure:
     return figure
 
 
-def render(draw: Callable[[], Figure], suffix: str) -> bytes:
-    content = io.BytesIO()
-    with matplotlib.style.context(STYLE, after_reset=True):
-        draw().savefig(content, format=suffix, metadata={"Date": None} if suffix == "svg" else {})
-    return content.getvalue()
+# --- how layers reuse features ---------------------------------------------------------------------------------
+
+def readers_of(net: DenseNet) -> dict[str, list[tuple[nn.BatchNorm2d, nn.Module]]]:
+    """-> for each dense block, under the name of the module that follows it ("trans1", ..., "fc"), what reads its
+    feature maps: batch norm and convolution of each layer and of the transition, or the last batch norm and classifier
+    """
+    readers = {}
+    for b in range(1, net.nBlocks + 1):
+        is_last = b == net.nBlocks
+        follower = "fc" if is_last else f"trans{b}"
+        after = net if is_last else net.get_submodule(follower)
+        readers[follower] = [(layer.bn1, layer.conv1) for layer in net.get_submodule(f"dense{b}")]
+        readers[follower].append((after.bn1, net.fc if is_last else after.conv1))
+    return readers
+
+
+def channels_of(readers: list[tuple[nn.BatchNorm2d, nn.Module]]) -> tuple[list[int], list[int]]:
+    """-> the channels that each reader of a block reads; the channels of each source: the block's input, its layers"""
+    reads = [norm.num_features for norm, _ in readers]
+    return reads, [reads[0], *(after - before for before, after in pairwise(reads))]
+
+
+def reuse_map(readers: list[tuple[nn.BatchNorm2d, nn.Module]], with_gamma: bool) -> torch.Tensor:
+    """-> how much each reader of a block of n layers takes from each source, float64 (n + 1, n + 1)
+
+    Row 0 is the block's input, row s the output of layer s; a column is a reader. Cells are mean |w|, as in the paper,
+    or mean |gamma w|, relative to the largest of the column; nan without a connection.
+
+    A ReLU is between gamma and the weight w: w relu(gamma x + beta) = |gamma| w relu(sign(gamma) x + beta / |gamma|).
+    So |gamma w| is the weight of a normalised feature map x. The scale of |w| alone is arbitrary: doubling gamma and
+    beta and halving w gives the same network.
+    """
+    _, sizes = channels_of(readers)
+    values = torch.full((len(readers), len(readers)), torch.nan, dtype=torch.float64)
+    for i, (norm, reader) in enumerate(readers):
+        w = reader.weight.detach().double().abs().transpose(0, 1).flatten(1).mean(1)  # (input channels,)
+        w = norm.weight.detach().double().abs() * w if with_gamma else w
+        means = torch.stack([part.mean() for part in w.split(sizes[:i + 1])])
+        values[:i + 1, i] = means / means.max()
+    return values
+
+
+def draw_reuse(net: DenseNet, title: str) -> Figure:
+    """Draws two panels for each block: mean |w| above, mean |gamma w| below."""
+    blocks = readers_of(net)
+    figure = Figure(figsize=(2.9 * len(blocks) + 1.3, 6.5), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
+    figure.suptitle(title, fontsize=11, color=INK)
+    panels = figure.subplots(2, len(blocks), squeeze=False)
+    for b, (follower, readers) in enumerate(blocks.items()):
+        for row, with_gamma in enumerate((False, True)):
+            draw_map(panels[row, b], reuse_map(readers, with_gamma), follower)
+        panels[0, b].set_title(f"Dense block {b + 1}", fontsize=12, color=INK, pad=8)
+        panels[1, b].set_xlabel(r"Target layer $\ell$", fontsize=11, color=INK)
+    for row, name in enumerate((r"mean $|w|$, as in the paper", r"mean $|\gamma w|$, with batch norm's $\gamma$")):
+        panels[row, 0].set_ylabel(f"{name}\n" + r"Source layer $s$", fontsize=11, color=INK, linespacing=1.8)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), CMAP), ax=panels, aspect=45, fraction=0.03, pad=0.02)
+    bar.set_label("relative to the largest value of the column", fontsize=10, color=INK)
+    bar.ax.tick_params(labelsize=9, colors=INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_map(axes: Axes, values: torch.Tensor, follower: str) -> None:
+    """Draws the result of reuse_map, with a frame around the last column, the module that follows the block."""
+    n = len(values)
+    lines = {"edgecolor": "white", "linewidth": 1.2} if n <= 20 else {"edgecolor": "face", "linewidth": 0.1}
+    axes.pcolormesh(range(n + 1), range(n + 1), values.numpy(), cmap=CMAP, vmin=0, vmax=1, **lines)
+    axes.add_patch(Rectangle((n - 1, 0), 1, n, fill=False, edgecolor=INK, linewidth=1.4 if n <= 20 else 0.8,
+                             clip_on=False, zorder=3))
+    axes.set(xlim=(0, n), ylim=(n, 0), aspect="equal")
+    step = 1 + (n - 2) // MAX_TICKS
+    layers = range(step, n, step)
+    labelled = [layer for layer in layers if n - layer >= n / 7]  # leaves space for the follower's name
+    axes.set_xticks([layer - 0.5 for layer in labelled] + [n - 0.5], [*map(str, labelled), follower])
+    axes.set_yticks([0.5] + [layer + 0.5 for layer in layers], ["input", *map(str, layers)])
+    axes.tick_params(length=0, labelsize=9, colors=INK)
+    axes.tick_params(axis="x", pad=11)
+    for label in axes.get_xticklabels():
+        label.set_verticalalignment("baseline")
+    axes.spines[:].set_visible(False)
+    if n <= MAX_NUMBERED:
+        for s, i in (~values.isnan()).nonzero().tolist():
+            value = float(values[s, i])
+            axes.text(i + 0.5, s + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
+                      color="white" if value > 0.55 else INK)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
-def describe(net: DenseNet) -> str:
-    """Such as "DenseNet-BC, L=100, k=12, 769,162 parameters"."""
-    a, parameters = net.arguments, sum(p.numel() for p in net.parameters())
-    letters = ("B" if a["bottleneck"] else "") + ("C" if a["reduction"] < 1 else "")
-    name = f"DenseNet-{letters}" if letters else "DenseNet"
-    size = f"L={a['depth']}" if a["depth"] else f"blocks of {', '.join(map(str, a['blockConfig']))} layers"
-    return f"{name}, {size}, k={a['growthRate']}, {parameters:,} parameters"
+def write_figure(figure: Figure, stem: str) -> None:
+    """Writes .png and .svg."""
+    for suffix in ("png", "svg"):
+        figure.savefig(f"{stem}.{suffix}", metadata={"Date": None} if suffix == "svg" else {})
+        print(f"{stem}.{suffix}")
 
 
-def write_dot(graph: str, net: DenseNet, stem: Path) -> str:
-    title = f"{describe(net)}\n{NOTE[graph]}"
-    statements = autograd_graph(net) if graph == "autograd" else modules_graph(net)
+def write_graph(statements: list[str], title: str, stem: str) -> None:
+    """Writes .dot and, if Graphviz is installed, .svg and .png. Raises Failure if Graphviz fails."""
     text = "\n".join([f"{DOT}label={quote(title)};", *statements, "}", ""])
-    replace_file(Path(f"{stem}.dot"), text.encode())
-    return text
-
-
-def write_figure(draw: Callable[[], Figure], stem: Path) -> None:
-    """Writes .svg and .png. Raises RuntimeError, with a one-line message, if that fails."""
-    for suffix in ("svg", "png"):
-        replace_file(Path(f"{stem}.{suffix}"), render(draw, suffix))
-
-
-def write_graph(graph: str, net: DenseNet, stem: Path) -> None:
-    """Writes .dot and, if Graphviz is installed, .svg and .png. Raises RuntimeError, with one line, if that fails."""
-    text = write_dot(graph, net, stem)
+    Path(f"{stem}.dot").write_text(text, encoding="utf-8")
+    print(f"{stem}.dot")
     if not shutil.which("dot"):
-        tell("Graphviz's dot was not found, so no .svg and .png were written; install graphviz (with apt, brew or "
-             "conda)", "make_graph.py")
+        cli.tell("Graphviz's dot was not found, so no .svg and .png were written; install graphviz (with apt, brew or "
+                 "conda)", "make_graph.py")
         return
-    for suffix in ("svg", "png"):
-        replace_file(Path(f"{stem}.{suffix}"), run_dot(text, suffix))
+    for suffix, dpi in (("svg", 72), ("png", 150)):
+        dot = subprocess.run(["dot", f"-T{suffix}", f"-Gdpi={dpi}", f"-o{stem}.{suffix}"], input=text.encode(),
+                             capture_output=True)
+        if dot.returncode:
+            raise cli.Failure(f"dot failed for {stem}.{suffix} ({dot.stderr.decode(errors='replace').strip()[:200]})")
+        print(f"{stem}.{suffix}")
 
 
-def prepare(args: argparse.Namespace, explicit: dict[str, object]) -> Callable[[Path], None]:
-    """-> a function that writes the drawing, given the path without suffix. Raises ValueError for wrong flags."""
-    if args.graph == "reuse":
-        net, which = load_network(args.checkpoint, args.untrained, explicit)
-        return partial(write_figure, partial(draw_reuse, reuse_maps(net), f"{describe(net)}, {which}"))
-    if args.checkpoint is not None or args.untrained:
-        flag = "--untrained" if args.untrained else "--checkpoint"
-        raise ValueError(f"{flag} belongs to --graph reuse; --graph {args.graph} draws the network of the other flags")
-    net = make_net(args)
-    if args.graph == "block":
-        return partial(write_figure, partial(draw_block, net))
-    return partial(write_graph, args.graph, net)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 all files written, 1 failed while drawing or writing, 2 bad input and nothing written"""
-    try:
-        args, explicit = get_args_parser().parse(argv)
-        stem = stem_of(args.out, f"{args.graph}-untrained" if args.untrained else args.graph)
-        write = prepare(args, explicit)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory for the parameters
-        return fail(error, 2, "make_graph.py")
-    try:
-        write(stem)
-    except RuntimeError as error:
-        return fail(error, 1, "make_graph.py")
-    return 0
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    stem = stem_of(args.out, f"{args.graph}-untrained" if args.untrained else args.graph)
+    net, title = load(args)
+    with style(STYLE):
+        if args.graph == "block":
+            write_figure(draw_block(net), stem)
+        elif args.graph == "reuse":
+            write_figure(draw_reuse(net, title), stem)
+        else:
+            statements = autograd_graph(net) if args.graph == "autograd" else modules_graph(net)
+            write_graph(statements, f"{title}\n{NOTE[args.graph]}", stem)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,33 @@
-"""make_graph.py: the .dot files hold the real network, the picture of a block is right, errors are one line."""
+"""make_graph.py: the .dot files hold the real network, the pictures are right, errors are one line."""
 
-import inspect
+import math
 import os
 import re
 import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-import matplotlib.style
+import common
 import numpy as np
 import pytest
+import torch
 import torch.nn as nn
-from common import full_disk, one_line, refused, run_script
+from common import full_disk, one_line, run_script
 from matplotlib.image import imread
 from matplotlib.patches import FancyArrowPatch
 
 import make_graph
 from densenet import DenseNet
+from lib.figures import style
 
-needs_dot = pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
+refused = partial(common.refused, make_graph.main)
 
 
 @pytest.fixture
 def no_dot(monkeypatch):
     monkeypatch.setenv("PATH", "")
-
-
-def fake_dot(folder: Path, monkeypatch, script: str) -> None:
-    folder.mkdir()
-    (folder / "dot").write_text(script)
-    (folder / "dot").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
 
 
 def read_dot(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -49,89 +44,50 @@ def read_dot(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     return nodes, edges
 
 
+def draw(folder: Path, *flags: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """-> nodes and edges of a graph of --growthRate 4"""
+    assert make_graph.main(["--growthRate", "4", "--out", str(folder / "net.png"), *flags]) == 0
+    return read_dot(folder / "net.dot")
+
+
 def shape(label: str) -> list[int]:
     """The numbers of a label's last line."""
     return [int(number) for number in re.findall(r"\d+", label.split("\\n")[-1])]
 
 
-def assert_leads_to(end: str, nodes: dict[str, str], edges: list[tuple[str, str]]) -> None:
-    """Asserts that there is no cycle, and that a path leads from every node to ``end`` (Kahn's algorithm)."""
-    n_edges_left = Counter(source for source, _ in edges)
-    ready, done = [name for name in nodes if not n_edges_left[name]], []
-    assert ready == [end]
-    while ready:
-        done.append(ready.pop())
-        for source, target in edges:
-            if target == done[-1]:
-                n_edges_left[source] -= 1
-                if not n_edges_left[source]:
-                    ready.append(source)
-    assert sorted(done) == sorted(nodes)
-
-
-# --- autograd ---------------------------------------------------------------------------------------------------
+# --- autograd and modules ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, net", [
     (["--depth", "16"], DenseNet(growthRate=4, depth=16)),
     (["--depth", "10", "--no-bottleneck", "--reduction", "1"], DenseNet(4, 10, reduction=1, bottleneck=False)),
 ])
 def test_autograd_shows_each_operation_and_parameter_once(tmp_path, no_dot, flags, net):
-    assert make_graph.main(["--graph", "autograd", "--growthRate", "4", "--out", str(tmp_path), *flags]) == 0
-    nodes, edges = read_dot(tmp_path / "graph-autograd.dot")
-    parameters = {name: f"{name}\\n{tuple(p.shape)}" for name, p in net.named_parameters()}
+    nodes, edges = draw(tmp_path, "--graph", "autograd", *flags)
     leaves = {name: label for name, label in nodes.items() if not name.startswith("operation")}
-    assert leaves == parameters | {"image": "image\\n(1, 3, 32, 32)", "output": "output\\n(1, 10)"}
+    assert leaves == {name: f"{name}\\n{tuple(p.shape)}" for name, p in net.named_parameters()} | {
+        "image": "image\\n(1, 3, 32, 32)", "output": "output\\n(1, 10)"}
     kinds = Counter(re.sub(r"\d+$", "", label) for name, label in nodes.items() if name not in leaves)
     modules = Counter(type(m) for m in net.modules())
     assert kinds["ConvolutionBackward"] == modules[nn.Conv2d]
     assert kinds["NativeBatchNormBackward"] == kinds["ReluBackward"] == modules[nn.BatchNorm2d]
     assert kinds["CatBackward"] == sum(len(block) for block in (net.dense1, net.dense2, net.dense3))
     assert Counter(source for source, _ in edges if source in leaves) == dict.fromkeys(leaves.keys() - {"output"}, 1)
-    assert_leads_to("output", nodes, edges)
-
-
-def test_a_weight_leads_to_the_convolution_that_follows_its_batch_norm(tmp_path, no_dot):
-    make_graph.main(["--graph", "autograd", "--growthRate", "4", "--depth", "10", "--out", str(tmp_path)])
-    nodes, edges = read_dot(tmp_path / "graph-autograd.dot")
-    target = dict(edges)  # right for leaves only: they have one edge each
-    assert nodes[target["dense2.0.conv2.weight"]] == "ConvolutionBackward0"
-    assert nodes[target["dense2.0.bn2.weight"]] == "NativeBatchNormBackward0"
-    relu, = (source for source, to in edges if to == target["dense2.0.conv2.weight"] and source.startswith("operation"))
-    assert (target["dense2.0.bn2.weight"], relu) in edges
+    target = dict(edges)  # of a leaf: it has one edge
+    assert nodes[target["dense2.0.conv1.weight"]] == "ConvolutionBackward0"
 
 
 def test_the_efficient_block_is_one_operation(tmp_path, no_dot):
-    make_graph.main(["--graph", "autograd", "--growthRate", "4", "--depth", "16", "--efficient", "yes",
-                     "--out", str(tmp_path)])
-    nodes, edges = read_dot(tmp_path / "graph-autograd.dot")
-    assert list(nodes.values()).count("EfficientBlockBackward") == 3
-    assert "CatBackward0" not in nodes.values()
+    nodes, _ = draw(tmp_path, "--graph", "autograd", "--depth", "16", "--efficient", "yes")
+    assert list(nodes.values()).count("EfficientBlockBackward") == 3 and "CatBackward0" not in nodes.values()
     assert nodes.keys() >= {name for name, _ in DenseNet(4, 16).named_parameters()}
-    assert_leads_to("output", nodes, edges)
 
-
-@pytest.mark.slow
-def test_a_deep_network_is_drawn_within_the_recursion_limit(tmp_path, no_dot):
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack()) + 100)
-    try:
-        assert make_graph.main(["--graph", "autograd", "--growthRate", "4", "--depth", "250",
-                                "--out", str(tmp_path)]) == 0
-    finally:
-        sys.setrecursionlimit(limit)
-    nodes, _ = read_dot(tmp_path / "graph-autograd.dot")
-    assert list(nodes.values()).count("CatBackward0") == 123
-
-
-# --- modules ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, net", [
-    (["--depth", "22", "--reduction", "0.6"], DenseNet(growthRate=5, depth=22, reduction=0.6)),
-    (["--depth", "13", "--no-bottleneck"], DenseNet(growthRate=5, depth=13, bottleneck=False)),
+    (["--depth", "22", "--reduction", "0.6"], DenseNet(growthRate=4, depth=22, reduction=0.6)),
+    (["--depth", "13", "--no-bottleneck"], DenseNet(growthRate=4, depth=13, bottleneck=False)),
 ])
 def test_modules_shows_each_layer_with_its_channels(tmp_path, no_dot, flags, net):
-    assert make_graph.main(["--growthRate", "5", "--out", str(tmp_path / "net.png"), *flags]) == 0
-    nodes, edges = read_dot(tmp_path / "net.dot")
+    nodes, edges = draw(tmp_path, *flags)
     layers = {f"{name}.{i}": layer for name, block in net.named_children() if name.startswith("dense")
               for i, layer in block.named_children()}
     others = {name for name, _ in net.named_children() if not name.startswith("dense")}
@@ -144,155 +100,166 @@ def test_modules_shows_each_layer_with_its_channels(tmp_path, no_dot, flags, net
             str(m.out_channels) for m in layer.modules() if isinstance(m, nn.Conv2d)]
         block, i = name.split(".")
         size = {"dense1": 32, "dense2": 16, "dense3": 8}[block]
-        assert shape(nodes[f"{name} cat"]) == [layer.bn1.num_features + 5, size, size]
+        assert shape(nodes[f"{name} cat"]) == [layer.bn1.num_features + 4, size, size]
         assert source == ({"dense1": "conv1", "dense2": "trans1", "dense3": "trans2"}[block] if i == "0"
                           else f"{block}.{int(i) - 1} cat")
     assert shape(nodes["trans1"]) == [net.trans1.conv1.out_channels, 16, 16]
     assert shape(nodes["Relu, Mean"]) == [net.fc.in_features]
     assert shape(nodes["image"]) == [3, 32, 32] and shape(nodes["LogSoftmax"]) == [10]
-    assert_leads_to("LogSoftmax", nodes, edges)
 
 
-# --- the picture of a block -------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_block_writes_a_picture_in_colour(tmp_path, no_dot):
-    assert make_graph.main(["--graph", "block", "--growthRate", "4", "--out", str(tmp_path)]) == 0
-    assert sorted(os.listdir(tmp_path)) == ["graph-block.png", "graph-block.svg"]
-    pixels = imread(tmp_path / "graph-block.png")
-    assert pixels.shape[:2] == (600, 1600)
-    for colour in make_graph.COLOURS[:5]:
-        drawn = np.abs(pixels[..., :3] - make_graph.to_rgb(colour)).max(2) < 0.01
-        assert drawn.sum() > 500, colour
-    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    assert (edges == 1).all(), "cut off"
-    assert ElementTree.parse(tmp_path / "graph-block.svg").getroot().tag.endswith("svg")
-    svg = (tmp_path / "graph-block.svg").read_bytes()
-    make_graph.main(["--graph", "block", "--growthRate", "4", "--out", str(tmp_path)])
-    assert (tmp_path / "graph-block.svg").read_bytes() == svg, "differs from run to run"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layers, k", [(3, 12), (5, 4), (8, 4096)])
-def test_block_shows_an_arc_for_every_connection_and_the_right_numbers(layers, k):
-    flags = ["--graph", "block", "--layers", str(layers), "--growthRate", str(k)]
-    with matplotlib.style.context(make_graph.STYLE, after_reset=True):
-        figure = make_graph.draw_block(make_graph.make_net(make_graph.get_args_parser().parse_args(flags)))
-    arcs = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)
-            and patch.get_linewidth() == 2.6]
-    assert len(arcs) == layers * (layers + 1) // 2
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert [t for t in texts if re.fullmatch(r"\$x_\{\d\}\$", t)] == [f"$x_{{{i}}}$" for i in range(layers)]
-    assert [t for t in texts if t.startswith("$H_{")] == [f"$H_{{{i}}}$" for i in range(1, layers)]
-    reads = [2 * k + i * k for i in range(layers)]
-    assert [t for t in texts if " → " in t] == [*(f"{c} → {k}" for c in reads[:-1]), f"{reads[-1]} → {reads[-1] // 2}"]
-    with matplotlib.style.context(make_graph.STYLE, after_reset=True):
-        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(figure.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and box.y0 > 0 for box in boxes)
-
-
-# --- Graphviz ---------------------------------------------------------------------------------------------------
-
-def test_without_graphviz_only_the_dot_file_is_written_and_a_line_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'graph-modules.dot'}\n"
-    assert len(err.splitlines()) == 1 and "install graphviz" in err
-    assert os.listdir(tmp_path) == ["graph-modules.dot"]
-
-
-@needs_dot
+@pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
 @pytest.mark.parametrize("graph", ["modules", "autograd"])
-def test_graphviz_draws_every_node_and_edge_of_the_dot_file(tmp_path, capsys, graph):
-    assert make_graph.main(["--graph", graph, "--depth", "10", "--out", str(tmp_path / "net")]) == 0
+def test_graphviz_draws_every_node_and_edge(tmp_path, capsys, graph):
+    nodes, edges = draw(tmp_path, "--graph", graph, "--depth", "10")
     assert capsys.readouterr().out.split() == [str(tmp_path / f"net.{suffix}") for suffix in ("dot", "svg", "png")]
-    nodes, edges = read_dot(tmp_path / "net.dot")
     groups = [g.get("class") for g in ElementTree.parse(tmp_path / "net.svg").iter("{http://www.w3.org/2000/svg}g")]
     assert (groups.count("node"), groups.count("edge")) == (len(nodes), len(edges))
     assert imread(tmp_path / "net.png").std() > 0
 
 
-@pytest.mark.parametrize("script, reason", [
-    ("#!/bin/sh\necho 'no such plugin' >&2\nexit 3\n", "dot failed for the .svg with status 3 (no such plugin)"),
-    ("#!/bin/sh\nexec /bin/sleep 30\n", "dot took more than 0.2 s"),
-    ("no program\n", "dot cannot be run"),
-])
-def test_a_failure_of_dot_is_reported_in_one_line(tmp_path, monkeypatch, capsys, script, reason):
-    fake_dot(tmp_path / "bin", monkeypatch, script)
-    monkeypatch.setattr(make_graph, "DOT_SECONDS", 0.2 if "sleep" in script else 60)
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and reason in error
-    assert sorted(os.listdir(tmp_path)) == ["bin", "graph-modules.dot"]
+def test_without_graphviz_only_the_dot_file_is_written_and_a_line_says_so(tmp_path, capsys, no_dot):
+    draw(tmp_path, "--depth", "10")
+    assert "install graphviz" in one_line(capsys.readouterr().err, "make_graph.py: ")
+    assert os.listdir(tmp_path) == ["net.dot"]
 
 
-def test_quotes_and_newlines_are_escaped():
-    assert make_graph.statement('a "b"\\', label="c\nd") == r'"a \"b\"\\" [label="c\nd"];'
+# --- block ------------------------------------------------------------------------------------------------------
+
+def picture_of(file: Path) -> np.ndarray:
+    """-> its pixels; nothing may be cut off"""
+    pixels = imread(file)[..., :3]
+    assert all((side == 1).all() for side in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    return pixels
+
+
+def test_block_writes_a_picture_in_colour(tmp_path):
+    assert make_graph.main(["--graph", "block", "--growthRate", "4", "--out", str(tmp_path)]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["graph-block.png", "graph-block.svg"]
+    pixels = picture_of(tmp_path / "graph-block.png")
+    for colour in make_graph.COLOURS[:5]:
+        assert (np.abs(pixels - make_graph.to_rgb(colour)).max(2) < 0.01).sum() > 500, colour
+
+
+@pytest.mark.parametrize("layers, k, numbers", [
+    (3, 12, ["24 → 12", "36 → 12", "48 → 24"]),
+    (4, 4096, ["8192 → 4096", "12288 → 4096", "16384 → 4096", "20480 → 10240"])])
+def test_block_shows_an_arc_for_every_connection_and_the_right_numbers(layers, k, numbers):
+    flags = ["--graph", "block", "--layers", str(layers), "--growthRate", str(k)]
+    net, _ = make_graph.load(make_graph.parse_args(flags))
+    with style(make_graph.STYLE):
+        axes = make_graph.draw_block(net).axes[0]
+        arcs = [p for p in axes.patches if isinstance(p, FancyArrowPatch) and p.get_linewidth() == 2.6]
+        boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(arcs) == layers * (layers + 1) // 2
+    assert [text.get_text() for text in axes.texts if " → " in text.get_text()] == numbers
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+# --- reuse ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    """A network of seed 7 whose convolutions were then doubled."""
+    torch.manual_seed(7)
+    net = DenseNet(4, 10, nClasses=2)
+    weights = {name: 2 * value if value.dim() == 4 else value for name, value in net.state_dict().items()}
+    torch.save({"format": 1, "arguments": net.arguments, "model": weights, "mean": [0.5] * 3, "std": [0.2] * 3,
+                "classes": ["a", "b"], "flags": {"seed": 7}, "epoch": 3}, tmp_path / "latest.pth")
+    return str(tmp_path / "latest.pth")
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_reuse_shows_the_weights_that_each_source_was_given(bottleneck):
+    k, c = 3, 7
+    net = DenseNet(k, blockConfig=[2, 4, 1], initChannels=c, nClasses=5, bottleneck=bottleneck)
+    blocks = make_graph.readers_of(net)
+    assert {follower: len(readers) for follower, readers in blocks.items()} == {"trans1": 3, "trans2": 5, "fc": 2}
+    for readers in blocks.values():
+        n = len(readers)
+        expected = np.full((2, n, n), math.nan)
+        for column, (norm, reader) in enumerate(readers):
+            for source in range(column + 1):
+                channels = slice(0, c) if source == 0 else slice(c + (source - 1) * k, c + source * k)
+                w, gamma = 0.1 * (1 + (3 * source + column) % 5), 0.5 * (1 + (source + 2 * column) % 3)
+                with torch.no_grad():
+                    reader.weight[:, channels] = w * torch.randn_like(reader.weight[:, channels]).sign()
+                    norm.weight[channels] = -gamma
+                expected[:, source, column] = w, gamma * w
+        expected /= np.nanmax(expected, 1, keepdims=True)
+        for with_gamma in (False, True):
+            np.testing.assert_allclose(make_graph.reuse_map(readers, with_gamma), expected[int(with_gamma)], rtol=1e-6)
+        c = (c + k * (n - 1)) // 2
+
+
+def test_untrained_is_the_network_before_its_first_epoch(checkpoint):
+    flags = ["--graph", "reuse", "--checkpoint", checkpoint]
+    trained, title = make_graph.load(make_graph.parse_args(flags))
+    first, first_title = make_graph.load(make_graph.parse_args([*flags, "--untrained"]))
+    assert title == "DenseNet-BC, L=10, k=4, 2,586 parameters, after epoch 3"
+    assert first_title == "DenseNet-BC, L=10, k=4, 2,586 parameters, before training (seed 7)"
+    assert torch.equal(trained.dense2[0].conv2.weight, 2 * first.dense2[0].conv2.weight)
+
+
+def test_reuse_writes_two_files_and_those_of_untrained_beside_them(tmp_path, checkpoint, capsys):
+    for flags in ([], ["--untrained"]):
+        assert make_graph.main(["--graph", "reuse", "--checkpoint", checkpoint, "--out", str(tmp_path), *flags]) == 0
+        stem = f"{tmp_path}/graph-reuse" + "-untrained" * bool(flags)
+        assert capsys.readouterr() == (f"{stem}.png\n{stem}.svg\n", "")
+        pixels = picture_of(Path(f"{stem}.png"))
+        assert (np.abs(pixels - make_graph.CMAP(1.0)[:3]).max(2) < 0.02).mean() > 0.02
+
+
+def test_each_block_has_a_panel_with_its_map_and_labels():
+    layers = [2, 6, 48]
+    net = DenseNet(2, blockConfig=layers)
+    with style(make_graph.STYLE):
+        figure = make_graph.draw_reuse(net, "a title")
+        figure.draw_without_rendering()
+    for axes, n, (follower, readers) in zip(figure.axes[:3], layers, make_graph.readers_of(net).items(), strict=True):
+        assert axes.get_xlim() == (0, n + 1) and axes.get_ylim() == (n + 1, 0)  # the input is above
+        *names, last = (text.get_text() for text in axes.get_xticklabels())
+        assert last == follower and [int(name) - 0.5 for name in names] == axes.get_xticks()[:-1].tolist()
+        first, *names = (text.get_text() for text in axes.get_yticklabels())
+        assert first == "input" and [int(name) + 0.5 for name in names] == axes.get_yticks()[1:].tolist()
+        drawn = np.ma.filled(axes.collections[0].get_array(), math.nan)
+        np.testing.assert_array_equal(drawn, make_graph.reuse_map(readers, False))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, parts", [
-    (["--depth", "11"], ["depth is 11", "10 and 16"]),
-    (["--depth", "11", "--no-bottleneck"], ["depth is 11", "10 and 13"]),
-    (["--depth", "x"], ["'x'", "1 to 4096"]),
-    (["--growthRate", "0"], ["'0'", "1 to 4096"]),
-    (["--reduction", "0"], ["'0'", "above 0 and at most 1"]),
-    (["--reduction", "nan"], ["'nan'", "above 0 and at most 1"]),
-    (["--reduction", "0.001"], ["reduction is 0.001"]),
-    (["--graph", "blocks"], ["'blocks'", "autograd", "modules", "block"]),
-    (["--graph", "block", "--layers", "9"], ["'9'", "3 to 8"]),
-    (["--efficient", "max"], ["'max'", "no", "yes"]),
-    (["--out", "missing/"], ["missing/", "no directory missing"]),
-    (["--out", "missing/net"], ["missing/net", "no directory missing"]),
-    (["--out", ""], ["''", "printable characters"]),
-    (["--out", "\x1b[31mred"], [r"'\x1b[31mred'", "printable characters"]),
-    (["--colour", "red"], ["--colour"]),
-])
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, flags, parts):
+@pytest.mark.parametrize("flags, part", [
+    (["--depth", "11"], "nearest 10 and 16"), (["--depth", "x"], "'x'"), (["--reduction", "0.001"], "reduction is"),
+    (["--graph", "blocks"], "'autograd', 'modules', 'block', 'reuse'"), (["--layers", "9"], "3 to 8"),
+    (["--efficient", "max"], "'max'"), (["--out", "missing/net"], "missing is no directory"),
+    (["--colour", "red"], "--colour"),
+    (["--checkpoint", __file__], "--checkpoint belongs to --graph reuse"),
+    (["--graph", "block", "--untrained"], "--untrained belongs to --graph reuse"),
+    (["--graph", "reuse", "--untrained"], "give --checkpoint FILE"),
+    (["--graph", "reuse", "--checkpoint", __file__, "--depth", "100"], "--depth contradicts"),
+    (["--graph", "reuse", "--checkpoint", "none.pth"], "none.pth"),
+    (["--graph", "reuse", "--checkpoint", __file__], "test_make_graph.py")])
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, flags, part):
     monkeypatch.chdir(tmp_path)
-    error = refused(make_graph.main, capsys, *flags)
-    for part in parts:
-        assert part in error
+    assert part in refused(capsys, *flags)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_the_script_exits_with_status_2_on_bad_input():
-    done = run_script("make_graph.py", "--depth", "12")
-    assert done.returncode == 2 and done.stdout == ""
-    one_line(done.stderr, "make_graph.py: error: ")
-
-
-def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    assert "no permission" in refused(make_graph.main, capsys, "--depth", 10, "--out", tmp_path)
-
-
 @pytest.mark.parametrize("graph", ["modules", "block"])
-def test_a_write_error_is_reported_in_one_line_and_keeps_the_old_file(tmp_path, capsys, graph):
-    old = tmp_path / ("graph-modules.dot" if graph == "modules" else "graph-block.svg")
-    old.write_text("old")
+def test_a_write_error_is_reported_in_one_line(tmp_path, capsys, graph):
     with full_disk():
         assert make_graph.main(["--graph", graph, "--depth", "10", "--out", str(tmp_path)]) == 1
-    error = one_line(capsys.readouterr().err, "make_graph.py: error: ")
-    assert "File too large" in error and str(old) in error
-    assert os.listdir(tmp_path) == [old.name] and old.read_text() == "old"
+    assert "File too large" in one_line(capsys.readouterr().err, "make_graph.py: error: ")
 
 
-def test_a_directory_with_the_name_of_the_file_is_reported_in_one_line(tmp_path, no_dot, capsys):
-    (tmp_path / "net.dot").mkdir()
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path / "net")]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_failure_of_dot_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "dot").write_text("#!/bin/sh\necho 'no such plugin' >&2\nexit 3\n")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert make_graph.main(["--depth", "10", "--out", str(tmp_path)]) == 1
+    assert "(no such plugin)" in one_line(capsys.readouterr().err, "make_graph.py: error: ")
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        make_graph.main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for flag in ("--graph", "--growthRate", "--depth", "--reduction", "--no-bottleneck", "--efficient", "--layers",
-                 "--checkpoint", "--untrained", "--out"):
-        assert flag in text
+@pytest.mark.parametrize("script", ["make_graph.py", "compare_grads.py", "numcheck.py"])
+def test_no_value_of_mplbackend_matters(script):
+    assert run_script(script, "--help", MPLBACKEND="nonsense").returncode == 0
