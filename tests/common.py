@@ -171,3 +171,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """-> the norm of a - b, relative to that of b"""
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def efficient_blocks(output: torch.Tensor) -> int:
+    """-> how many dense blocks of the graph behind ``output`` the efficient block computed"""
+    found, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return sum(node.name() == "EfficientBlockBackward" for node in found)
