@@ -163,7 +163,7 @@ class DenseNet(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """-> the pooled features (N, C) that the classifier reads; shapes in comments: BC 100-12 on CIFAR"""
-        self._check_input(x)
+        self.check_input(x)
         x = self.conv1(x)  # (N, 3, 32, 32) -> (N, 24, 32, 32)
         if not self.arguments["smallInputs"]:
             x = F.max_pool2d(F.relu(self.bn0(x)), kernel_size=3, stride=2, padding=1)
@@ -175,7 +175,8 @@ class DenseNet(nn.Module):
         x = self.get_submodule(f"dense{self.nBlocks}")(x)  # -> (N, 342, 8, 8)
         return F.relu(self.bn1(x)).mean((2, 3))  # -> (N, 342)
 
-    def _check_input(self, x: torch.Tensor) -> None:
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raises ValueError if x has another number of channels, or is smaller than the network's transitions need."""
         stem = self.conv1
         if type(stem) is not nn.Conv2d or isinstance(x, torch.fx.Proxy):
             return  # a replaced stem checks its own input; a symbolic trace has no shapes
@@ -477,8 +478,9 @@ class EfficientBlock(torch.autograd.Function):
         G[:C_l] += gamma_l da_l
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
-    A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass: xhat, each
-    bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
+    The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over l of gamma_l dbeta_l and of
+    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass:
+    xhat, each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
 
     Schlüter shared xhat before, with a scale and shift per layer (Lasagne/Recipes, densenet_fast.py, 2016); Jung et
     al. split and fused batch norm on a CPU (arXiv 1807.01702). New are the exact backward pass in memory linear in
@@ -491,27 +493,27 @@ class EfficientBlock(torch.autograd.Function):
     def forward(ctx, x, spec, *parameters):
         """-> pooled activations (N, C, H', W'); then, without gradient, mean and unbiased variance of the block's
         channels, and for each bottleneck those of its inner channels"""
-        *layers, (gamma, beta) = split_layers(parameters, spec)
+        layers, gamma, beta = split_layers(parameters, spec)
         c = x.shape[1]
         xhat = torch.empty((len(x), len(gamma), *x.shape[2:]), dtype=spec.dtype, device=x.device,
                            memory_format=torch.channels_last)
         xhat[:, :c], *statistics = normalise(x, gamma.dtype, spec.eps)
         statistics, inner, kept = [statistics], [], []
-        for layer in layers:
+        for stages in layers:
             row = []  # what this layer keeps
-            h = drop(relu_then(partial(conv, layer[2]), xhat[:, :c], *layer[:2]), spec.dropRate, row)
+            h = drop(relu_then(xhat[:, :c], *stages[0]), spec.dropRate, row)  # (N, 4k, H, W), k without bottleneck
             if spec.bottleneck:
                 hhat, mean2, var2, rstd2 = normalise(h, gamma.dtype, spec.eps)
                 inner += mean2, var2
-                h = drop(conv(layer[5], affine_relu(hhat, *layer[3:5])), spec.dropRate, row)
-                row += rstd2, mean2 if spec.recompute else hhat
+                h = drop(relu_then(hhat, *stages[1]), spec.dropRate, row)  # (N, k, H, W)
+                row += mean2 if spec.recompute else hhat, rstd2
             new = slice(c, c + h.shape[1])
             xhat[:, new], *of_new = normalise(h, gamma.dtype, spec.eps)
             statistics.append(of_new)
             c = new.stop
             kept += row
         mean, var, rstd = map(torch.cat, zip(*statistics, strict=True))
-        out = relu_then(partial(F.avg_pool2d, kernel_size=spec.pool), xhat, gamma, beta)
+        out = relu_then(xhat, gamma, beta, spec.pool)
 
         ctx.spec, ctx.nParameters = spec, len(parameters)
         ctx.save_for_backward(*parameters, xhat, rstd, *kept)
@@ -533,43 +535,62 @@ class EfficientBlock(torch.autograd.Function):
 
     @staticmethod
     def gradients(spec, dout, saved, nParameters):
-        *layers, (gamma, beta) = split_layers(saved[:nParameters], spec)
+        layers, gamma, beta = split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
         size = len(kept) // len(layers)
         rows = [[*kept[i * size:(i + 1) * size]] for i in range(len(layers))]
 
-        G = torch.zeros_like(xhat, dtype=gamma.dtype)
-        grads = relu_then_backward(partial(pool_backward, spec.pool), dout, xhat, gamma, beta, G)
-        for layer, row in zip(reversed(layers), reversed(rows), strict=True):
-            c = len(layer[0])  # channels that the layer reads
-            new = slice(c, c + len(layer[-1]))
-            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new])[0].to(xhat.dtype)
+        G = torch.empty_like(xhat, dtype=gamma.dtype)
+        dgamma, dbeta = relu_then_backward(dout, xhat, gamma, beta, spec.pool, G, is_first=True)
+        sum_G, sum_Gxhat = gamma * dbeta, gamma * dgamma
+        grads = [dgamma, dbeta]
+        for stages, row in zip(reversed(layers), reversed(rows), strict=True):
+            first, last = stages[0], stages[-1]  # the same without bottleneck
+            c = len(first.gamma)  # channels that the layer reads
+            new = slice(c, c + len(last.weight))
+            dh = normalise_backward(G[:, new], xhat[:, new], rstd[new], sum_G[new], sum_Gxhat[new])
             if spec.bottleneck:
-                hhat, rstd2 = row.pop(), row.pop()
-                dh = undrop(dh, spec.dropRate, row)
-                if spec.recompute:
-                    mean2 = hhat
-                    h = relu_then(partial(conv, layer[2]), xhat[:, :c], *layer[:2])
-                    hhat = standardise(undrop(h, spec.dropRate, row[:]), mean2, rstd2)
-                a = affine_relu(hhat, *layer[3:5])
-                da, dweight = conv_backward(layer[5], dh, a)
-                dh, dgamma, dbeta = relu_normalise_backward(da, a, hhat, layer[3], rstd2)
-                grads = [dgamma, dbeta, dweight, *grads]
+                dh, *of_last = EfficientBlock.bottleneck_gradients(spec, dh, xhat[:, :c], first, last, row)
+                grads = of_last + grads
             dh = undrop(dh, spec.dropRate, row)
-            grads = relu_then_backward(partial(conv_backward, layer[2]), dh, xhat[:, :c], *layer[:2], G[:, :c]) + grads
-        dx, _, _ = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c])
+            dgamma, dbeta, dweight = relu_then_backward(dh, xhat[:, :c], *first, G[:, :c])
+            grads = [dgamma, dbeta, dweight, *grads]
+            sum_G[:c] += first.gamma * dbeta
+            sum_Gxhat[:c] += first.gamma * dgamma
+        dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sum_G[:c], sum_Gxhat[:c])
         return dx, None, *(grad.to(gamma.dtype) for grad in grads)
+
+    @staticmethod
+    def bottleneck_gradients(spec, dh, xhat, first, last, row):
+        """-> the gradients of a bottleneck's inner 4k channels, and of gamma, beta and weight of its ``last`` stage"""
+        rstd, hhat = row.pop(), row.pop()
+        dh = undrop(dh, spec.dropRate, row)
+        if spec.recompute:  # where hhat is otherwise, the mean was kept
+            hhat = standardise(undrop(relu_then(xhat, *first), spec.dropRate, row[:]), hhat, rstd)
+        G = torch.empty_like(hhat, dtype=last.gamma.dtype)
+        dgamma, dbeta, dweight = relu_then_backward(dh, hhat, *last, G, is_first=True)
+        dh = normalise_backward(G, hhat, rstd, last.gamma * dbeta, last.gamma * dgamma)
+        return dh, dgamma, dbeta, dweight
+
+
+class Stage(NamedTuple):
+    """Batch norm, ReLU and convolution: a layer has two with bottleneck, else one."""
+
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    weight: torch.Tensor
 
 
 def split_layers(parameters, spec):
-    """-> (gamma, beta, weight) of each layer, with bottleneck twice; at the end (gamma, beta) of the last norm"""
-    # detached: torch.compile takes the shape of each nn.Parameter as a constant, and would compile for every layer
-    parameters = [p.detach().to(spec.dtype) if p.dim() == 4 else p.detach() for p in parameters]
-    size = 6 if spec.bottleneck else 3
-    return [parameters[i:i + size] for i in range(0, len(parameters), size)]
+    """-> the stages of each layer; gamma and beta of the norm that follows the block"""
+    *parameters, gamma, beta = parameters
+    stages = [Stage(g, b, weight.to(spec.dtype))
+              for g, b, weight in zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)]
+    n = 2 if spec.bottleneck else 1
+    return [stages[i:i + n] for i in range(0, len(stages), n)], gamma, beta
 
 
-# --- these read all C_l channels, so a CPU computes them in tiles of a few images, which stay in its cache ---
+# --- a CPU computes these in tiles of a few images, which stay in its cache ---
 
 def tiles(x):
     """-> the tensor in tiles of whole images; on a GPU, which gains nothing by tiles, in one"""
@@ -577,95 +598,79 @@ def tiles(x):
     return x.tensor_split(-(-n // max(1, TILE // (height * width)))) if x.device.type == "cpu" else [x]
 
 
-def relu_then(function, xhat, gamma, beta):
-    """-> function(relu(gamma xhat + beta))"""
-    parts = [function(affine_relu(tile, gamma, beta)) for tile in tiles(xhat)]
+def relu_then(xhat, gamma, beta, reader):
+    """-> what ``reader`` makes of a = relu(gamma xhat + beta): a convolution's weight or the size of a pooling"""
+    parts = [read(reader, affine_relu(tile, gamma, beta)) for tile in tiles(xhat)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def relu_then_backward(vjp, dout, xhat, gamma, beta, G):
-    """Backward of ``relu_then``: ``vjp(dout, a)``, the function's vector-Jacobian product, returns da, and dweight if
-    it has a weight. Adds gamma da to G. -> [dgamma, dbeta, dweight]"""
+def relu_then_backward(dout, xhat, gamma, beta, reader, G, is_first=False):
+    """Adds gamma da to G, or writes it there if ``is_first``. -> [dgamma, dbeta], and dweight if it has a weight"""
     parts, n = [], len(tiles(xhat))
     for d, tile, g in zip(dout.tensor_split(n), tiles(xhat), tiles(G), strict=True):
         a = affine_relu(tile, gamma, beta)
-        da, *dweight = vjp(d, a)
+        da, *dweight = read_backward(reader, d, a)
         # sums over tiles have the parameters' dtype: bfloat16 would round each addition
-        parts.append([*relu_backward(da, a, tile, gamma, g), *(d.to(gamma.dtype) for d in dweight)])
+        parts.append([*relu_backward(da, a, tile, gamma, g, is_first), *(d.to(gamma.dtype) for d in dweight)])
     return [sum(values[1:], start=values[0]) for values in zip(*parts, strict=True)]
 
 
-# --- pure functions: these are what compile_block compiles ---
+def read(reader, a):
+    if isinstance(reader, tuple):
+        return F.avg_pool2d(a, reader)
+    return F.conv2d(a, reader, padding=reader.shape[-1] // 2)
+
+
+def read_backward(reader, dout, a):
+    """-> [da], and the gradient of the reader if it is a weight"""
+    if isinstance(reader, tuple):
+        return [torch.ops.aten.avg_pool2d_backward(dout, a, reader, reader, (0, 0), False, True, None)]
+    padding = reader.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        dout, a, reader, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))[:2]
+
+
+# --- element-wise functions and batch norm ---
 
 def affine_relu(xhat, gamma, beta):
     return torch.addcmul(column(beta), xhat, column(gamma)).to(xhat.dtype).relu_()
 
 
-def relu_backward(da, a, xhat, gamma, G):
-    """Adds gamma da to G, where da becomes zero where a is zero. -> dgamma, dbeta: the sums of da xhat and of da"""
-    da = torch.ops.aten.threshold_backward(da, a, 0).to(gamma.dtype)
-    G.addcmul_(da, column(gamma))
+def relu_backward(da, a, xhat, gamma, G, is_first):
+    """Makes da zero where a is zero, in place. Adds gamma da to G, or writes it there if ``is_first``.
+
+    -> dgamma and dbeta, the sums of da xhat and of da
+    """
+    da = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da).to(gamma.dtype)
+    if is_first:
+        torch.mul(da, column(gamma), out=G)
+    else:
+        G.addcmul_(da, column(gamma))
     return (da * xhat).sum((2, 3)).sum(0), da.sum((2, 3)).sum(0)  # in two steps: over all three is slow on a CPU
 
 
 def normalise(x, dtype, eps):
     """-> xhat; mean, unbiased variance and rstd = 1 / sqrt(biased variance + eps) over N, H and W, each (C,)"""
-    ones, zeros, mean, var = statistics = x.new_zeros(4, x.shape[1], dtype=dtype)
-    statistics[0] = 1
+    ones, zeros, mean, var = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (1, 0, 0, 0))
     # with momentum 1 the "running" statistics become those of this batch
     xhat, _, rstd = torch.native_batch_norm(x, ones, zeros, mean, var, True, 1.0, eps)
     return xhat, mean, var, rstd
 
 
-def normalise_backward(G, xhat, scale):
-    """-> scale (G - mean(G) - xhat mean(G xhat)); the sums of G xhat and of G"""
-    G, xhat = (v.to(G.dtype).contiguous(memory_format=torch.channels_last) for v in (G, xhat))
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)  # xhat has mean 0 and variance 1
-    return torch.ops.aten.native_batch_norm_backward(G, xhat, scale, None, None, zeros, ones, True, 0.0, (True,) * 3)
-
-
-def relu_normalise_backward(da, a, hhat, gamma, rstd):
-    """Backward of a = relu(gamma hhat + beta) and of hhat's normalisation. -> dh, dgamma, dbeta"""
-    return normalise_backward(torch.ops.aten.threshold_backward(da, a, 0), hhat, gamma * rstd)
+def normalise_backward(G, xhat, rstd, sum_G, sum_Gxhat):
+    """-> rstd (G - mean(G) - xhat mean(G xhat))"""
+    scale = rstd / -(G.numel() // G.shape[1])
+    dx = torch.addcmul(column(sum_G * scale), G, column(rstd))
+    return dx.addcmul_(xhat, column(sum_Gxhat * scale)).to(xhat.dtype)
 
 
 def standardise(h, mean, rstd):
     return torch.addcmul(column(-mean * rstd), h, column(rstd)).to(h.dtype)
 
 
-COMPILED = ("affine_relu", "relu_backward", "normalise", "normalise_backward", "relu_normalise_backward", "standardise")
-
-
-def compile_block() -> None:
-    """Compiles the functions above with ``torch.compile``, for all networks of this process.
-
-    A training step computes the same then, up to rounding. The first step takes some 20 seconds longer; on a CPU it
-    needs a C++ compiler, and raises torch's own error without.
-    """
-    for name in COMPILED:
-        if not hasattr(globals()[name], "_torchdynamo_orig_callable"):  # not yet compiled
-            globals()[name] = torch.compile(globals()[name], dynamic=True, options={"split_reductions": False})
-
-
-# --- and the rest -----------------------------------------------------------------------------------------------
-
 def column(v):
     """(C,) -> (C, 1, 1), which broadcasts over (N, C, H, W)"""
     return v.view(-1, 1, 1)
-
-
-def conv(weight, a):
-    return F.conv2d(a, weight, padding=weight.shape[-1] // 2)
-
-
-def conv_backward(weight, dh, a):
-    padding = weight.shape[-1] // 2
-    return torch.ops.aten.convolution_backward(
-        dh, a, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False))[:2]
-
-
-def pool_backward(size, dout, a):
-    return [torch.ops.aten.avg_pool2d_backward(dout, a, size, size, (0, 0), False, True, None)]
 
 
 def drop(h, p, row):

@@ -5,61 +5,145 @@ Without flags: the paper's DenseNet-BC (L=100, k=12) on CIFAR-10 with crop and f
 one; on several: torchrun --nproc-per-node=4 train.py [flags]. ./plot.py draws the CSVs again at any time.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports
+if __name__ == "__main__":
+    from lib.stop import stop_on_signals
+    stop_on_signals()  # before the slow imports
 
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import setproctitle
 import torch
 import torch.nn.functional as F
+import torchvision
 from tqdm import tqdm
 
 import densenet
 from lib import data, distributed
-from lib.batches import Batches, batch_sizes, draw, dropout_seed
-from lib.cli import printable, tell, warn
+from lib.batches import Batches, batch_sizes, dropout_seed, epoch_randomness
+from lib.cli import exit_status, network_arguments, printable
 from lib.cuda_graph import GraphedStep
-from lib.device import environment, is_out_of_memory, restore_threads, set_up_device, warn_of_differences
+from lib.data import Images
+from lib.device import device_name, set_up_device
 from lib.distributed import World, broadcast, broadcast_buffers, sum_over_ranks
-from lib.errors import how_to_continue, report
-from lib.flags import get_args_parser, parse_args, resumed_args
-from lib.image_set import normal_form, shorten
-from lib.memory import count_parameters
-from lib.network import check_images, check_network, choose_compiled_or_not, make_net, pretrained_weights
-from lib.plot_process import Plotter
-from lib.run_directory import Run, RunError, is_finished
-from lib.sets import Sets, load_on_every_rank
-from lib.signals import Stopped, raise_on_signals
-from lib.state import initial_state, resumed_state
+from lib.flags import parse_args, restore, resumed_args, saved_flags
+from lib.run import Run, RunError
+
+IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of torchvision's pretrained networks
 
 
-class Training(NamedTuple):
-    """What ``fit`` works with."""
+@exit_status
+def main(argv: list[str] | None = None) -> None:
+    # flags and run
+    args, explicit = parse_args(argv, __doc__)
+    if args.evaluate:
+        return evaluate_run(args, explicit)
+    world = distributed.start()
+    run, saved = Run(args.save), None
+    if world.rank == 0:  # only rank 0 reads and writes the run's directory
+        saved = run.start(args.resume, args.overwrite)
+    if saved := broadcast(saved, world):
+        args = resumed_args(args, explicit, saved)
+    elif args.resume:
+        say(f"there is no run in {args.save} yet: this starts one", world)
+    device = set_up_device(args, world)
+    check_flags(args, device, world)
+    setproctitle.setproctitle(f"train.py {args.save}")
+    if saved and saved["epoch"] >= args.nEpochs and saved["test"]:
+        return finish(run, saved, args, world)
 
-    args: argparse.Namespace
-    train: Batches
-    val: Batches | None
-    test: Batches
-    net: densenet.DenseNet
-    step: Callable[..., torch.Tensor]  # images, labels, images per rank -> loss and error
-    optimizer: torch.optim.Optimizer
-    state: dict[str, Any]  # what a checkpoint holds besides weights, optimizer and CSVs
+    # images and batches
+    images = load_images(args, world)
+    mean, std = images["train"].mean_and_std()
+    if args.pretrained:
+        mean, std = IMAGENET_MEAN_AND_STD
+    about_images = {"classes": images["train"].classes, "mean": mean, "std": std}
+    for part in ("train", "val", "test"):
+        about_images[f"{part}Images"] = len(images[part].labels) if part in images else 0
+    check_same_images(args, about_images, saved or broadcast(about_images, world))
+    judge = "val" if args.valSize else "test"  # the images that judge each epoch
+
+    # network and optimizer
+    torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same for every device
+    net = make_net(args, nClasses=len(images["train"].classes), inChannels=images["train"].pixels.shape[1])
+    net.check_input(images["train"].pixels[:1])
+    if not saved:
+        about_images |= load_initial_weights(net, args, world)
+    net.efficient = choose_efficient(args, device, saved)
+    if args.syncBN and world.size > 1:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.to(device)
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)  # as the activations: else each step copies the weights
+    optimizer, settings = make_optimizer(args, net, device, world)
+    state = {"format": 1, "version": densenet.__version__, "flags": saved_flags(args),
+             "environment": {"device": device_name(device), "processes": world.size, "threads": torch.get_num_threads(),
+                             "torch": str(torch.__version__), "python": platform.python_version()},
+             "arguments": net.arguments, "parameters": sum(p.numel() for p in net.parameters()),
+             "efficient": net.efficient, **about_images, "scheduleEpochs": args.nEpochs, "epoch": 0, "best": None,
+             "val": None, "test": None, "csvLengths": {}, "csvDigests": {}}
+    if saved:
+        state |= load_checkpoint(saved, net, optimizer, settings, args)
+    batches = {part: Batches(found, state["mean"], state["std"], device, args.border) for part, found in images.items()}
+    del images  # batches hold them
+    step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
+
+    if world.rank == 0:
+        run.begin(state | state_dicts(net, optimizer), saved)
+    say(f"{args.save}: {args.arch or f'L={args.depth} k={args.growthRate}'}, {state['parameters']:,} parameters, "
+        f"{state['environment']['device']}{f' x {world.size}' if world.size > 1 else ''}, "
+        f"{ {False: 'textbook layers', True: 'efficient block', 'max': 'efficient block (max)'}[net.efficient]}, "
+        f"{state['trainImages']:,} training and {state['testImages']:,} test images", world)
+    for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
+        start = time.perf_counter()
+        rate = learning_rate(args.schedule, args.lr, epoch, state["scheduleEpochs"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        train_loss, train_error = train_epoch(step, batches["train"], args, epoch, run, world)
+        broadcast_buffers(net, world)
+        loss, error = evaluate(net, batches[judge], args, world)
+
+        check_finite(f"{judge} loss", loss, epoch)
+        is_best = not state["best"] or error < state["best"]["error"]
+        if is_best:
+            state["best"] = {"error": error, "epoch": epoch}
+        state |= {"epoch": epoch, "test": None, judge: {"loss": loss, "error": error}}
+        if world.rank == 0:
+            run.add(f"{judge}.csv", [(epoch, loss, error)])
+            run.save(state | state_dicts(net, optimizer), is_best=is_best and judge == "val")
+            if not args.no_plot:
+                run.plot()
+        say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {train_loss:.4f} error {train_error:.2f}%  "
+            f"{judge} loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s", world)
+
+    # with --valSize the test set is used only here, with the weights of the best epoch
+    if judge == "val":
+        last_weights, best = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
+        net.load_state_dict(broadcast(run.read_best(best)["model"] if world.rank == 0 else None, world))
+        loss, error = evaluate(net, batches["test"], args, world)
+        check_finite("test loss", loss, state["epoch"])
+        net.load_state_dict(last_weights)
+        state["test"] = {"loss": loss, "error": error}
+        if world.rank == 0:
+            run.add("test.csv", [(best, loss, error)])
+            run.save(state | state_dicts(net, optimizer), keep_previous=False)
+    finish(run, state, args, world)
 
 
-# --- the training loop ------------------------------------------------------------------------------------------
+# --- training and evaluation ------------------------------------------------------------------------------------
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
                labels: torch.Tensor, images_per_rank: float) -> torch.Tensor:
@@ -81,10 +165,10 @@ def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision
 
 def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argparse.Namespace, epoch: int, run: Run,
                 world: World) -> list[float]:
-    """-> the epoch's mean loss and error in percent; train.csv gets one row per step. Raises FloatingPointError on
-    rank 0 for a loss that is not finite."""
+    """-> the epoch's mean loss and error in percent; train.csv gets one row per step. Raises FloatingPointError for a
+    loss that is not finite."""
     torch.manual_seed(dropout_seed(args.seed, epoch, world.rank))
-    random = draw(batches.n, args.seed, epoch, batches.padding)
+    random = epoch_randomness(batches.n, args.seed, epoch, batches.padding)
     if args.no_augment:
         stream = batches.plain(args.batchSz, random.order, world.rank, world.size)
     else:
@@ -100,8 +184,9 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
             bar.update()
             if len(pending) == read_every or done + len(pending) == n:
                 values = (sum_over_ranks(torch.stack(pending), world) / world.size).tolist()
+                for i, (loss, _) in enumerate(values, done + 1):
+                    check_finite(f"loss of step {i}", loss, epoch)
                 if world.rank == 0:
-                    check_finite(values, epoch, done)
                     run.add("train.csv", [(epoch - 1 + i / n, *v) for i, v in enumerate(values, done)])
                 bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
                 total += np.array(sizes) @ np.array(values)  # means times batch sizes: sums over images
@@ -112,89 +197,35 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
 
 @torch.no_grad()
 def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace, world: World,
-             per_class: bool = False) -> tuple[float, float, list[float | None] | None]:
-    """-> mean loss and error in percent over the images of all ranks; with ``per_class`` also each class's error in
-    percent, None for a class without images"""
+             outputs: list[torch.Tensor] | None = None) -> list[float]:
+    """-> mean loss and error in percent over the images of all ranks; ``outputs`` gets the log-probabilities"""
     net.eval()
     dtype = torch.float32 if batches.device.type == "mps" else torch.float64  # mps has no float64
     total = torch.zeros(2, dtype=dtype, device=batches.device)
-    wrong, seen = (torch.zeros(net.fc.out_features, dtype=dtype, device=batches.device) for _ in range(2))
-    for images, labels, _ in batches.plain(evaluation_size(batches, args.batchSz), None, world.rank, world.size):
+    size = max(args.batchSz, 250 * 32 * 32 // (batches.height * batches.width))  # as many pixels at any image size
+    for images, labels, _ in batches.plain(size, None, world.rank, world.size):
         with autocast(images.device, args.precision):
             output = net(images)
-        is_wrong = output.argmax(1) != labels
         total[0] += F.nll_loss(output, labels, reduction="sum")
-        total[1] += is_wrong.sum() * 100
-        if per_class:
-            wrong += labels[is_wrong].bincount(minlength=len(wrong))
-            seen += labels.bincount(minlength=len(seen))
+        total[1] += (output.argmax(1) != labels).sum() * 100
+        if outputs is not None:
+            outputs.append(output.cpu())
     net.train()
-    loss, error = (sum_over_ranks(total, world) / batches.n).tolist()
-    if not per_class:
-        return loss, error, None
-    wrong, seen = sum_over_ranks(wrong, world).tolist(), sum_over_ranks(seen, world).tolist()
-    return loss, error, [100 * w / n if n else None for w, n in zip(wrong, seen, strict=True)]
+    return (sum_over_ranks(total, world) / batches.n).tolist()
 
 
-def fit(training: Training, run: Run, plotter: Plotter, world: World) -> dict[str, Any]:
-    """Trains until the last epoch. -> the state after it"""
-    args, train, val, test, net, step, optimizer, state = training  # state is updated in place
-    name = "val" if val else "test"  # the images that judge each epoch
-    for epoch in range(state["epoch"] + 1, args.nEpochs + 1):
-        start = time.perf_counter()
-        rate = learning_rate(args.opt, args.lr, epoch, state["scheduleEpochs"])
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
+    """-> the rate in an epoch, from 1 on; it never rises, and epochs after ``nEpochs`` keep the last one
 
-        train_loss, train_error = train_epoch(step, train, args, epoch, run, world)
-
-        broadcast_buffers(net, world)
-        loss, error, _ = evaluate(net, val or test, args, world)
-        is_best = not state["best"] or error < state["best"]["error"]
-        if is_best:
-            state["best"] = {"error": error, "epoch": epoch}
-        state |= {"epoch": epoch, "test": None, name: {"loss": loss, "error": error}}
-
-        if world.rank == 0:
-            check_evaluation(name, loss, epoch)
-            run.add(f"{name}.csv", [(epoch, loss, error)])
-            run.save(state | state_dicts(net, optimizer), is_best=is_best and val is not None)
-            say(f"epoch {epoch}/{args.nEpochs}  rate {rate:g}  train loss {train_loss:.4f} error {train_error:.2f}%  "
-                f"{name} loss {loss:.4f} error {error:.2f}%  {time.perf_counter() - start:.1f} s")
-            plotter.start()
-    if not state["test"]:  # --valSize: the test set is used only here
-        test_best_weights(training, run, world)
-    return state
-
-
-def test_best_weights(training: Training, run: Run, world: World) -> None:
-    """Tests the weights of the best epoch: the only use of the test set in a run with validation, at its end."""
-    args, net, optimizer, state = training.args, training.net, training.optimizer, training.state
-    last_weights, epoch = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
-    net.load_state_dict(broadcast(run.read_best(epoch)["model"] if world.rank == 0 else None, world))
-    loss, error, _ = evaluate(net, training.test, args, world)
-    check_evaluation("test", loss, state["epoch"])
-    net.load_state_dict(last_weights)
-    state["test"] = {"loss": loss, "error": error}
-    if world.rank == 0:
-        run.add("test.csv", [(epoch, loss, error)])
-        run.save(state | state_dicts(net, optimizer))
-
-
-def evaluation_size(batches: Batches, training_size: int) -> int:
-    """-> images per evaluation step: those with the pixels of 250 images of 32x32 on a CPU, of 1,000 on a GPU, but at
-    least ``training_size``. Nothing is kept for a backward pass, so larger batches than in training fit."""
-    images = 1000 if batches.device.type == "cuda" else 250
-    return max(training_size, images * 32 * 32 // (batches.height * batches.width))
-
-
-def learning_rate(opt: str, lr: float, epoch: int, nEpochs: int) -> float:
-    """-> the rate in epoch 1 to nEpochs; sgd: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, 4.2)"""
-    if opt != "sgd":
-        return lr
-    if 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
+    step: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, 4.2). cosine: lr (1 + cos(pi t)) / 2, where t is
+    the share of epochs that are done.
+    """
+    epoch = min(epoch, nEpochs)
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * (epoch - 1) / nEpochs)) / 2
+    if schedule == "step" and 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
         return lr / 100
-    return lr / 10 if 2 * (epoch - 1) >= nEpochs else lr
+    return lr / 10 if schedule == "step" and 2 * (epoch - 1) >= nEpochs else lr
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -203,103 +234,131 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a graph does not repeat a cached cast
 
 
-def check_finite(values: list[list[float]], epoch: int, done: int) -> None:
-    """Raises FloatingPointError for a loss that is not finite; ``done``: the epoch's steps before these values."""
-    for i, (loss, _) in enumerate(values, done + 1):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, iteration {i}; {advice(epoch)}")
+def check_finite(name: str, value: float, epoch: int) -> None:
+    if not math.isfinite(value):
+        kept = f"latest.pth holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished yet"
+        raise FloatingPointError(f"the {name} is {value} in epoch {epoch}; {kept}; start again with a lower --lr (and "
+                                 "--overwrite or another --save)")
 
 
-def check_evaluation(name: str, loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the {name} loss is {loss} after epoch {epoch}; {advice(epoch)}")
+# --- images -----------------------------------------------------------------------------------------------------
+
+def load_images(args: argparse.Namespace, world: World) -> dict[str, Images]:
+    """-> "train", "test" and, with --valSize, "val" """
+    for is_turn in (world.local_rank == 0, world.local_rank > 0):  # on each machine rank 0 downloads for the others
+        if is_turn:
+            train, test = data.load(args.dataset, args.data, extra=args.extra, imageSize=args.imageSize or 32,
+                                    classes=args.classes)
+        distributed.barrier(world)
+    if args.pretrained:  # torchvision's first convolution takes three channels
+        train, test = train.with_channels(3), test.with_channels(3)
+    images = {"train": train, "test": test}
+    if args.valSize:
+        images["train"], images["val"] = train.hold_out(args.valSize, args.seed)
+    if args.batchSz > len(images["train"].labels):
+        raise ValueError(f"--batchSz {args.batchSz} is more than the {len(images['train'].labels)} training images")
+    return images
 
 
-def advice(epoch: int) -> str:
-    kept = f"latest.pth holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished yet"
-    return f"{kept}; start again with a lower --lr (and --overwrite or another --save)"
-
-
-def state_dicts(net: densenet.DenseNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-
-
-def say(message: str) -> None:
-    """Prints a line of the run's progress."""
-    try:
-        print(printable(message), flush=True)
-    except OSError as error:
-        error.filename = "standard output"
-        raise
+def check_same_images(args: argparse.Namespace, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises ValueError if --data holds other images than those of the saved run, or of rank 0."""
+    for name, value in now.items():
+        is_same = value == before[name]
+        if name in ("mean", "std"):
+            is_same = len(value) == len(before[name]) and np.allclose(value, before[name], rtol=0, atol=1e-9)
+        if not is_same and not (args.init and name in ("mean", "std")):
+            raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
 
 
 # --- network and optimizer --------------------------------------------------------------------------------------
 
-def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, device: torch.device, world: World) -> Training:
-    """Reads the images, builds network and optimizer, and writes nothing yet. Raises ValueError for images, a network
-    or a batch size that cannot be used."""
-    if world.rank == 0:
-        check_network(args, device, world.size)  # before a download
-    sets = load_on_every_rank(args, saved, world)
-    if world.rank == 0:
-        smallest = min(batch_sizes(len(sets.train.images), args.batchSz, world.size)) // world.size
-        check_images(args, sets.train.images, smallest)
-    state = initial_state(args, sets, device, world)
-    if saved:
-        state = resumed_state(state, saved)
-    net, optimizer = make_net_and_optimizer(args, sets, device, world, state, saved)
-    state |= {"arguments": net.arguments, "parameters": count_parameters(net)}
-    train, val, test = (Batches(images, sets.mean, sets.std, device, border=args.border) if images else None
-                        for images in (sets.train, sets.val, sets.test))
-    step = make_step(args, distributed.average_gradients(net, world), optimizer, uses_graph(args, device, world))
-    return Training(args, train, val, test, net, step, optimizer, state)
+def check_flags(args: argparse.Namespace, device: torch.device, world: World) -> None:
+    """Raises ValueError for an impossible network or batch size, before any image is read."""
+    if args.batchSz % world.size:
+        raise ValueError(f"--batchSz {args.batchSz} cannot be shared by {world.size} processes; valid are multiples of "
+                         f"{world.size}")
+    if args.syncBN and device.type != "cuda":
+        raise ValueError(f"--syncBN needs GPUs, and this trains on {device}; leave it out")
+    with torch.device("meta"):  # shapes without memory
+        make_net(args)
 
 
-def make_net_and_optimizer(args: argparse.Namespace, sets: Sets, device: torch.device, world: World,
-                           state: dict[str, Any], saved: dict[str, Any] | None
-                           ) -> tuple[densenet.DenseNet, torch.optim.Optimizer]:
-    """-> both from the checkpoint ``saved``; or new ones, with weights from --seed or torchvision's"""
-    torch.manual_seed(args.seed)  # weights are drawn on the CPU: the same for every device
-    net = make_net(args, nClasses=len(sets.train.classes), inChannels=sets.train.images.shape[1])
-    is_resumed = saved is not None and "model" in saved
-    if args.pretrained and not is_resumed:
-        if world.local_rank == 0:
-            pretrained_weights(args.arch)
-        distributed.barrier(world)
-        net.load_torchvision(pretrained_weights(args.arch), classifier=False)
-    if args.syncBN and world.size > 1:
-        distributed.SyncBatchNorm2d.replace_all(net)
-    net.to(device)
-    if device.type == "cuda":
-        net.to(memory_format=torch.channels_last)  # as the activations: else each step copies the weights
-    with autocast(device, args.precision):
-        state |= choose_compiled_or_not(net, state["path"], world)
+def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
+    """Adds ``arguments`` to those that the flags give. Raises ValueError for impossible geometry."""
+    if args.arch:
+        return getattr(densenet, args.arch)(dropRate=args.dropRate, **arguments)
+    return densenet.DenseNet(**network_arguments(args), dropRate=args.dropRate, initChannels=args.initChannels,
+                             **arguments)
+
+
+def load_initial_weights(net: densenet.DenseNet, args: argparse.Namespace, world: World) -> dict[str, list[float]]:
+    """Loads the weights of --pretrained or --init. -> mean and std, if they come with those of --init"""
+    if args.pretrained:
+        for is_turn in (world.local_rank == 0, world.local_rank > 0):  # on each machine rank 0 downloads for the others
+            if is_turn:
+                try:
+                    weights = torchvision.models.get_model_weights(args.arch).DEFAULT.get_state_dict(check_hash=True)
+                except Exception as error:  # urllib's and torch's
+                    raise ValueError(f"--pretrained: the download failed ({error})") from None
+            distributed.barrier(world)
+        net.load_weights(weights, classifier=False)
+    if not args.init:
+        return {}
+    try:
+        found = densenet.read_file(args.init)
+        weights = densenet.our_names(found)
+        fits = all(name in weights and weights[name].shape == value.shape
+                   for name, value in net.fc.state_dict(prefix="fc.").items())
+        net.load_weights(weights, classifier=fits)
+    except OSError as error:
+        raise ValueError(f"--init {args.init}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--init {args.init}: {error}") from None
+    if not fits:
+        say(f"--init {args.init}: its classifier does not fit, and a new one is trained", world)
+    return {name: found[name] for name in ("mean", "std") if name in found}
+
+
+def choose_efficient(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None) -> bool | str:
+    """-> DenseNet's argument ``efficient``; a resumed run keeps its own"""
+    if saved and "efficient" in saved:
+        return saved["efficient"]
+    if saved and "path" in saved:  # of version 1.1, which names the path of the block
+        return {"textbook": False, "max": "max", "compiled max": "max"}.get(saved["path"], True)
+    fits_best = device.type == "cpu" and args.precision == "fp32"  # measured: the textbook layers are faster elsewhere
+    return {"auto": fits_best, "yes": True, "no": False, "max": "max"}[args.efficient]
+
+
+def make_optimizer(args: argparse.Namespace, net: torch.nn.Module, device: torch.device,
+                   world: World) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+    """-> the optimizer, and its settings besides rate and weight decay"""
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
     if args.opt == "sgd":
         settings = dict(momentum=0.9, nesterov=not args.no_nesterov)
     else:
         settings = dict(capturable=uses_graph(args, device, world))  # for a graph the step count is on the GPU
-    optimizer = kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **settings)
-    if is_resumed:
-        try:
-            net.load_state_dict(saved["model"])
-            groups = [group | settings for group in saved["optimizer"]["param_groups"]]  # the device may have changed
-            optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
-            match_formats(optimizer)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
-                raise
-            raise RunError(f"the checkpoint in {args.save} does not fit its own flags: its weights are those of "
-                           "another network") from error
-    return net.train(), optimizer
+    return kind(net.parameters(), lr=args.lr, weight_decay=args.weightDecay, **settings), settings
 
 
-def match_formats(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer's state the memory format of the parameters: otherwise a step takes torch's slow path."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
+def load_checkpoint(saved: dict[str, Any], net: densenet.DenseNet, optimizer: torch.optim.Optimizer,
+                    settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Loads weights and momentum, in place. -> the saved run's progress"""
+    try:
+        net.load_state_dict(saved["model"])
+        groups = [group | settings for group in saved["optimizer"]["param_groups"]]  # the device may have changed
+        optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
+        progress = {name: saved[name] for name in ("scheduleEpochs", "mean", "std", "epoch", "best", "val", "test",
+                                                   "csvLengths")}
+        progress["csvDigests"] = saved.get("csvDigests", {})
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"the checkpoint in {args.save} does not fit its flags ({densenet.one_line(error)})") from None
+    for parameter, moments in optimizer.state.items():  # in the parameters' memory format, else steps are slow
+        for name, value in moments.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value).detach()
+                moments[name] = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value).detach()
+    if args.valSize and progress["test"]:  # a finished run gets more epochs: it is tested again at its new end
+        progress |= {"test": None, "csvLengths": progress["csvLengths"] | {"test.csv": 0}}
+    return progress
 
 
 def uses_graph(args: argparse.Namespace, device: torch.device, world: World) -> bool:
@@ -313,136 +372,74 @@ def make_step(args: argparse.Namespace, net: torch.nn.Module, optimizer: torch.o
     return GraphedStep(step, net, optimizer, args.batchSz) if graphed else step
 
 
-# --- main -------------------------------------------------------------------------------------------------------
+def state_dicts(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
 
-def train(args: argparse.Namespace, explicit: dict[str, Any], run: Run, world: World) -> None:
-    """A run from its start, or with --resume from its checkpoint to its end.
 
-    To resume, ``Run.open`` reads the checkpoint, ``resumed_args`` its flags, ``prepare`` its weights and momentum;
-    ``Run.begin`` cuts the CSVs to their lengths at the checkpoint, and ``fit`` continues with the next epoch.
-    """
-    saved = None
+# --- what it says -----------------------------------------------------------------------------------------------
+
+def say(message: str, world: World) -> None:
     if world.rank == 0:
-        saved = run.open(args.resume, args.overwrite)
-        if saved:
-            args = resumed_args(args, explicit, saved)
-    args, saved = broadcast((args, saved), world)
-    device = set_up_device(args, world)
-    if saved:
-        restore_threads(saved["environment"], world)
-    plotter = Plotter(args.save, enabled=not args.no_plot and world.rank == 0)
-    result = saved
-    if not is_finished(saved, args.nEpochs):
-        training = prepare(args, saved, device, world)
-        if world.rank == 0:
-            run.begin(training.state | state_dicts(training.net, training.optimizer), saved)
-            announce(args, training.state, saved, device, world)
-        setproctitle.setproctitle(f"train.py {args.save}")
-        result = fit(training, run, plotter, world)
-    plotter.draw_last()
-    if world.rank == 0:
-        say(summary(args, result))
+        print(printable(message), flush=True)
 
 
-def announce(args: argparse.Namespace, state: dict[str, Any], saved: dict[str, Any] | None, device: torch.device,
-             world: World) -> None:
-    """Prints the run's first line, after warnings of what differs from the ``saved`` run."""
-    if saved:
-        warn_of_differences(saved["environment"], environment(device, args.precision, world), args)
-        if args.dropRate > 0 and "version" not in saved:
-            warn("this run was started by version 1.0, which drew dropout from other seeds: it continues with new ones")
-    network = args.arch or f"L={args.depth} k={args.growthRate}"
-    ranks = f" x {world.size}" if world.size > 1 else ""
-    say(f"{args.save}: {network}, {state['parameters']:,} parameters, {state['environment']['device']}{ranks}, "
-        f"{state['path']} path ({state['pathReason']}), {state['trainImages']:,} training and "
-        f"{state['testImages']:,} test images")
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and world.size == 1 and gpus > 1 and not args.device:
-        say(f"there are {gpus} GPUs here and this process uses one; for all of them: torchrun --nproc-per-node={gpus} "
-            "train.py ...")
-
-
-def summary(args: argparse.Namespace, result: dict[str, Any]) -> str:
-    error, best = result["test"]["error"], result["best"]
+def finish(run: Run, state: dict[str, Any], args: argparse.Namespace, world: World) -> None:
+    """Draws the last rows, and prints the result."""
+    if world.rank == 0 and not args.no_plot:
+        run.plot(wait=True)
+    error, best = state["test"]["error"], state["best"]
     if args.valSize:
         text = (f"test error {error:.2f}% with the weights of epoch {best['epoch']}, the best in validation with "
                 f"{best['error']:.2f}%,")
     else:
         text = f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})"
-    return f"{text} after {result['epoch']} epochs; everything is in {args.save}"
+    say(f"{text} after {state['epoch']} epochs; everything is in {args.save}", world)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, explicit: dict[str, Any], world: World) -> None:
-    """Prints the test loss, error and each class's error of the checkpoint --evaluate. --dataset, --data, --classes,
-    --imageSize, --precision, --device, --no-cuda and --deterministic default to those of its run."""
-    if world.size > 1:
-        raise ValueError("--evaluate is for one process; start it without torchrun")
-    checkpoint = densenet.read_checkpoint(args.evaluate)
-    net = densenet.load(args.evaluate)
+# --- evaluation of a run ----------------------------------------------------------------------------------------
+
+def evaluate_run(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """Prints the test loss, error and each class's error of --evaluate, a checkpoint or a run's directory, whose flags
+    are the defaults; writes --predictions."""
+    file = Path(args.evaluate)
+    if file.is_dir():
+        file /= "best.pth" if (file / "best.pth").exists() else "latest.pth"
     try:
-        saved = get_args_parser().restore(checkpoint.get("flags", {}))
-    except ValueError as error:
-        raise ValueError(f"{args.evaluate} has flags that this train.py does not take ({error})") from None
-    for name in ("dataset", "data", "classes", "imageSize", "precision", "device", "no_cuda", "deterministic"):
+        checkpoint = densenet.read_checkpoint(file)
+    except OSError as error:
+        raise ValueError(f"--evaluate {file}: {error.strerror}") from None
+    net, of_run = densenet.network_of(checkpoint, file), restore(checkpoint, str(file))
+    for name in ("dataset", "data", "classes", "imageSize", "precision", "deterministic"):
         if name not in explicit:
-            setattr(args, name, getattr(saved, name))
-    if "device" in explicit or "no_cuda" in explicit:
-        args.device, args.no_cuda = explicit.get("device"), explicit.get("no_cuda", False)
+            setattr(args, name, getattr(of_run, name))
     if "data" not in explicit and not os.path.exists(args.data):
         raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
+    if args.precision == "tf32" and "precision" not in explicit and not torch.cuda.is_available():
+        args.precision = "fp32"  # of a run on a GPU
     device = set_up_device(args, World())
-    test = data.load_test(args.dataset, args.data, imageSize=args.imageSize or 32, download="data" in explicit)
-    if args.classes:
-        test = data.select_classes(test, args.classes)
-    test = data.with_channels(test, net.arguments["inChannels"])
-    if test.classes != [*map(normal_form, net.classes)]:
-        raise ValueError(f"--data {args.data} has the classes {shorten(test.classes)}, the checkpoint "
-                         f"{shorten(net.classes)}")
-    batches = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device)
-    loss, error, class_errors = evaluate(net.to(device), batches, args, World(), per_class=True)
-    say(f"{args.evaluate}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images")
-    for name, error in zip(net.classes, class_errors, strict=True):
-        say(f"  {name}: no images" if error is None else f"  {name}: {error:.2f}%")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 done, 2 refused before anything was written, 1 failed later, 128 + n stopped by signal n"""
-    run, world = None, World()
-    try:
-        world = distributed.read_world()
-        args, explicit = parse_args(argv, __doc__)
-    except SystemExit as stop:  # argparse's, after --help
-        return stop.code
-    except ValueError as error:
-        return report(error, run, world)
-    try:
-        # on other ranks a signal keeps its default action: it ends them at once
-        with raise_on_signals() if world.rank == 0 else contextlib.nullcontext():
-            try:
-                if args.evaluate:
-                    evaluate_checkpoint(args, explicit, world)
-                    return 0
-                distributed.start(world)
-                with Run(args.save) as run:
-                    train(args, explicit, run, world)
-                return 0
-            except Exception as error:
-                return report(error, run, world)
-            finally:
-                distributed.end()
-    except Stopped as stop:
-        tell(f"stopped by {signal.Signals(stop.number).name}{how_to_continue(run, world)}")
-        return 128 + stop.number
+    [test] = data.load(args.dataset, args.data, ["test"], imageSize=args.imageSize or 32, classes=args.classes,
+                       download="data" in explicit)
+    test = test.with_channels(net.arguments["inChannels"])
+    if test.classes != net.classes:
+        raise ValueError(f"--data {args.data} has the classes {data.shorten(test.classes)}, the checkpoint "
+                         f"{data.shorten(net.classes)}")
+    batches, outputs = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device), []
+    loss, error = evaluate(net.to(device), batches, args, World(), outputs)
+    say(f"{file}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images ({args.precision})", World())
+    probability, prediction = torch.cat(outputs).float().exp().max(1)
+    for label, name in enumerate(test.classes):
+        wrong = prediction[test.labels == label] != label
+        say(f"  {name}: {100 * wrong.float().mean():.2f}%" if len(wrong) else f"  {name}: no images", World())
+    if args.predictions:
+        names = test.files or range(batches.n)
+        with open(args.predictions, "w", newline="", errors="surrogateescape") as table:
+            writer = csv.writer(table)
+            writer.writerow(("image", "label", "prediction", "probability"))
+            writer.writerows((name, test.classes[label], test.classes[found], f"{p:.6g}") for name, label, found, p
+                             in zip(names, test.labels, prediction, probability.tolist(), strict=True))
+        say(args.predictions, World())
 
 
 if __name__ == "__main__":
-    if sys.stdout is None:  # closed in the shell by >&-
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    status = main()
-    try:
-        sys.stdout.flush()
-    except OSError:  # already reported; with a broken stdout Python would report it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(status)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    sys.exit(main())

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from lib.image_set import ImageSet
+from lib.data import Images
 
-BORDERS = ("black", "mean")
 # for each batch this rank's images, float32 (B, C, H, W), their labels, int64 (B,), and the global batch size
 Stream = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
 
@@ -22,7 +21,7 @@ class Augmentation(NamedTuple):
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Seed from which ``draw`` draws an epoch's order, crops and flips."""
+    """Seed from which ``epoch_randomness`` draws an epoch's order, crops and flips."""
     return seed * 1_000_003 + epoch
 
 
@@ -36,7 +35,7 @@ def dropout_seed(seed: int, epoch: int, rank: int) -> int:
     return 2**62 + (rank + 1) * 2**20 + epoch_seed(seed, epoch)
 
 
-def draw(n: int, seed: int, epoch: int, padding: int = 4) -> Augmentation:
+def epoch_randomness(n: int, seed: int, epoch: int, padding: int = 4) -> Augmentation:
     """Draws an epoch's random numbers for n images from a private generator on the CPU: they depend neither on the
     device nor on the world size, and a resumed run draws them again. ``padding`` is in pixels."""
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -72,18 +71,14 @@ class Batches:
             then normalises. "mean", the mean colour, is that of the authors' code (liuzhuang13/DenseNet on
             fb.resnet.torch, datasets/cifar10.lua), which normalises first and then pads with zeros: exactly 0 here.
 
-    Raises:
-        ValueError: for an unknown border.
     """
 
-    def __init__(self, images: ImageSet, mean: list[float], std: list[float], device: torch.device,
+    def __init__(self, images: Images, mean: list[float], std: list[float], device: torch.device,
                  border: str = "black"):
-        if border not in BORDERS:
-            raise ValueError(f"border {border!r} is unknown; valid are {', '.join(BORDERS)}")
-        self.n, self.channels, self.height, self.width = images.images.shape
+        self.n, self.channels, self.height, self.width = images.pixels.shape
         self.padding = self.height // 8
         self.border = border
-        pixels = images.images.permute(0, 2, 3, 1)
+        pixels = images.pixels.permute(0, 2, 3, 1)
         # (N*H*W + 1, C): crops read the last row, a black pixel, wherever they reach beyond their image
         self.pixels = pixels.new_zeros(pixels[..., 0].numel() + 1, self.channels, device=device)
         self.pixels[:-1].view(pixels.shape).copy_(pixels)
@@ -92,17 +87,17 @@ class Batches:
         self.device = device
 
     def augmented(self, random: Augmentation, batchSz: int, rank: int = 0, processes: int = 1) -> Stream:
-        """This rank's part of the epoch's batches, cropped and flipped by the numbers of ``draw``."""
+        """This rank's part of the epoch's batches, cropped and flipped by the numbers of ``epoch_randomness``."""
         order, dy, dx, flip = (r.to(self.device) for r in random)
         for i, size in self.indices(order, batchSz, rank, processes):
-            yield self.crop(i, dy[i], dx[i], flip[i]), self.labels[i], size
+            yield self.take(i, dy[i], dx[i], flip[i]), self.labels[i], size
 
     def plain(self, batchSz: int, order: torch.Tensor | None = None, rank: int = 0, processes: int = 1) -> Stream:
         """This rank's part of the batches in ``order`` (default: the set's order), without crop and flip."""
         order = torch.arange(self.n) if order is None else order
         for i, size in self.indices(order.to(self.device), batchSz, rank, processes):
             zero = torch.zeros_like(i)
-            yield self.crop(i, zero, zero, zero.bool()), self.labels[i], size
+            yield self.take(i, zero, zero, zero.bool()), self.labels[i], size
 
     def indices(self, order: torch.Tensor, batchSz: int, rank: int,
                 processes: int) -> Iterator[tuple[torch.Tensor, int]]:
@@ -112,7 +107,7 @@ class Batches:
             if len(own := batch[rank::processes]):
                 yield own, len(batch)
 
-    def crop(self, i: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    def take(self, i: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """Crops images ``i`` at these offsets, then flips and normalises them -> float32 (B, C, H, W), channels_last.
 
         The same as torchvision's RandomCrop(size, padding) and RandomHorizontalFlip with these numbers, in one gather.

@@ -1,15 +1,27 @@
-"""The command line: argparse types, the network's flags that scripts share, and one-line messages."""
+"""What the command lines of all scripts share: their parser, the network's flags, and messages of one line."""
 
 import argparse
 import contextlib
+import functools
 import math
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-EFFICIENT = {"yes": True, "no": False, "max": "max"}  # the value of --efficient -> DenseNet's argument
+import torch
+
+from lib import distributed
+from lib.device import is_out_of_memory
+from lib.distributed import is_peer_failure
+
+NETWORK_FLAGS = ("growthRate", "depth", "reduction", "no_bottleneck")
 
 
-# --- parsing ----------------------------------------------------------------------------------------------------
+class Failure(RuntimeError):
+    """Ends a script with exit status 1. The message is one line."""
+
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for wrong flags, so that every script reports them in one line."""
@@ -21,51 +33,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
-        flags, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(flags).items():
-            if value == []:  # argparse drops the value of --depth=--
-                self.error(f"argument {flag(name)}: expected one argument")
-        return flags, rest
-
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """-> all flags, and those given on the command line, even if equal to the default"""
+        args, unset = self.parse_args(argv), object()
         # argparse cannot tell a default from a given value: parse again with a marker as every default
-        defaults = vars(self.parse_args([]))
-        unset = object()
-        explicit = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
-        explicit = {name: value for name, value in explicit.items() if value is not unset}
-        return argparse.Namespace(**defaults | explicit), explicit
-
-    def restore(self, saved: dict[str, Any]) -> argparse.Namespace:
-        """-> the defaults, updated with the flags that a file holds
-
-        Raises:
-            ValueError: for a flag that is unknown, or a value that the command line would not accept.
-        """
-        actions = {action.dest: action for action in self._actions if action.default is not argparse.SUPPRESS}
-        flags = {name: action.default for name, action in actions.items()}
-        for name, value in saved.items():
-            if name not in flags:
-                raise ValueError(f"{name} is unknown")
-            if value is not None or flags[name] is not None:
-                self.check_value(actions[name], value)
-            flags[name] = value
-        return argparse.Namespace(**flags)
-
-    def check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.nargs == 0:
-            is_valid = isinstance(value, bool)
-        elif action.nargs == "+":
-            is_valid = isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
-        else:
-            try:
-                parsed = self._get_values(action, [str(value)])  # private, but it checks both type and choices
-                is_valid = parsed == value and type(value) in (str, int, float)
-            except argparse.ArgumentError:
-                is_valid = False
-        if not is_valid:
-            raise ValueError(f"{action.option_strings[-1]} is {str(value)[:60]!r}")
+        explicit = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+        return args, {name: value for name, value in explicit.items() if value is not unset}
 
 
 def number(kind: type, minimum: float, maximum: float, valid: str = ""):
@@ -83,13 +56,6 @@ def number(kind: type, minimum: float, maximum: float, valid: str = ""):
     return parse
 
 
-def path(text: str) -> str:
-    """An argparse type: a path of printable characters, since messages show it in one line."""
-    if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a path of printable characters")
-    return text
-
-
 def add_network_flags(group, depth: int, growth_rates: tuple[int, int] = (1, 4096)) -> None:
     """Adds --growthRate, --depth, --reduction and --no-bottleneck; ``depth`` is the default."""
     group.add_argument("--growthRate", metavar="K", type=number(int, *growth_rates), default=12,
@@ -100,9 +66,6 @@ def add_network_flags(group, depth: int, growth_rates: tuple[int, int] = (1, 409
                        type=number(float, math.nextafter(0, 1), 1, "above 0 and at most 1"),
                        help="share of the channels that a transition keeps (default: %(default)s)")
     group.add_argument("--no-bottleneck", action="store_true", help="the original layer: one 3x3 convolution")
-
-
-NETWORK_FLAGS = ("growthRate", "depth", "reduction", "no_bottleneck")
 
 
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +86,7 @@ def flag(name: str, value: Any = True) -> str:
 
 # --- messages ---------------------------------------------------------------------------------------------------
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """-> the first line of the error's message, or its type's name if there is no message"""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -149,3 +112,37 @@ def fail(error: Exception | str, status: int, program: str) -> int:
     """Prints the error in one line. -> ``status``, the exit status"""
     tell(f"error: {error}", program)
     return status
+
+
+def exit_status(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Makes a script's main return its exit status. What a user can cause or mend becomes one line on stderr: bad input
+    (ValueError) with status 2, a run that failed later with status 1. Any other error is a defect and is raised."""
+    program = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except SystemExit as stop:  # argparse's, after --help
+            return stop.code or 0
+        except Exception as error:
+            status, message = 1, first_line(error)
+            if is_out_of_memory(error):
+                message = "out of memory; --efficient yes, --efficient max or a smaller --batchSz needs less"
+            elif isinstance(error, ValueError):
+                status, message = 2, str(error)
+            elif isinstance(error, OSError) and error.filename:
+                message = f"{error.filename}: {error.strerror}"
+            elif is_peer_failure(error):
+                message = "another process has ended"
+            elif not isinstance(error, (Failure, OSError, FloatingPointError, torch.AcceleratorError)):
+                raise
+            rank = os.environ.get("RANK", "0")
+            if rank == "0":
+                fail(message, status, program)
+            elif not isinstance(error, ValueError) and not is_peer_failure(error):  # those rank 0 tells
+                fail(f"rank {rank}: {message}", status, program)
+            return status
+        finally:
+            distributed.end()
+    return run

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from lib.cli import first_line, warn
+from lib.cli import Failure, first_line, warn
 from lib.device import is_out_of_memory
 
 
-class CaptureFailed(RuntimeError):
+class CaptureFailed(Failure):
     """The step could not be captured. A failed capture cannot be undone, so this process cannot go on."""
 
 

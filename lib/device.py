@@ -1,23 +1,22 @@
-"""The training device, its settings, and the environment on which the rounding of a run's results depends."""
+"""The training device and its settings."""
 
 import argparse
 import contextlib
 import ctypes
 import os
 import platform
-from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 
-from lib.cli import warn
 from lib.distributed import World
 
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     """Raises ValueError for a device that does not exist here, or that several ranks cannot share."""
     gpus = torch.cuda.device_count()  # does not start CUDA
+    if gpus and not args.no_cuda and args.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"there are {gpus} GPUs, but torch {torch.__version__} cannot use them: the driver may be "
+                         "too old for its CUDA; update the driver, install another torch, or train with --no-cuda")
     if world.size > 1 and args.device in (None, "cuda") and gpus and not args.no_cuda:
         if gpus < world.local_size:
             raise ValueError(f"--nproc-per-node {world.local_size} is more than the {gpus} GPUs here; use at most "
@@ -41,11 +40,16 @@ def set_up_device(args: argparse.Namespace, world: World) -> torch.device:
     """Applies --deterministic and --precision. -> the device
 
     Raises:
-        ValueError: as choose_device, or for tf32 without a GPU.
+        ValueError: as choose_device, or for a precision that the device does not have.
     """
     device = choose_device(args, world)
     if args.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision tf32 needs a GPU; valid on {device} are fp32, bf16")
+    if args.precision != "fp32" and device.type == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:  # bf16 convolutions are slow loops there, and tf32 is silently fp32
+            raise ValueError(f"--precision {args.precision} needs a GPU of compute capability 8.0; "
+                             f"{torch.cuda.get_device_name(device)} has {major}.{minor}: valid is fp32")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
@@ -69,35 +73,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def environment(device: torch.device, precision: str, world: World) -> dict[str, Any]:
-    """-> what the rounding of a run's results depends on, besides its flags"""
-    on_gpu = device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} {platform.machine()}",
-            "threads": torch.get_num_threads(), "cpuCapability": torch.backends.cpu.get_cpu_capability(),
-            "precision": precision, "processes": world.size, "python": platform.python_version(),
-            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "numpy": np.__version__,
-            "cudnn": torch.backends.cudnn.version() if on_gpu else None}
-
-
-def restore_threads(saved: dict[str, Any], world: World) -> None:
-    """Sets the saved run's number of threads, at most one per processor: the rounding of results depends on it."""
-    threads = saved.get("threads")
-    if type(threads) is int and threads > 0 and saved.get("processes") == world.size:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
-
-
-def warn_of_differences(saved: dict[str, Any], now: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints a warning for each difference between the saved run's environment and the present one."""
-    for name, value in now.items():
-        before = saved.get(name)
-        if value == before:
-            continue
-        if name == "processes" and isinstance(before, int) and before > 0 and not args.syncBN:
-            warn(f"{value} processes continue a run of {before}: batch norm now takes its statistics over "
-                 f"{args.batchSz // value} images and not {args.batchSz // before}, so the results will differ by more "
-                 "than rounding")
-        else:
-            warn(f"{name} is {value}, the run had {before}: results may differ in the last digits")
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -70,15 +70,13 @@ def run(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(flags, one_thread, tmp_path_factory):
-    """A run that SIGTERM stopped in the second step of epoch 3, and a copy, to which tests must not write."""
+    """A run that was stopped in the second step of epoch 3. Tests must not write to it."""
     run = tmp_path_factory.mktemp("runs") / "stopped"
     assert stopped_at("train_step", 8, [*flags, "--save", str(run)]) == 143
-    return run, shutil.copytree(run, run.with_name("copy"))
+    return run
 
 
 @pytest.fixture
-def interrupted(stopped):
-    """The run of ``stopped``, restored at its own path (its flags hold it), that a test may damage or resume."""
-    run, copy = stopped
-    shutil.rmtree(run, ignore_errors=True)
-    return shutil.copytree(copy, run)
+def interrupted(stopped, tmp_path):
+    """A copy of ``stopped`` that a test may damage or resume."""
+    return shutil.copytree(stopped, tmp_path / "interrupted")

@@ -2,16 +2,13 @@
 so. Equality in random configurations and the bytes it keeps are in test_contract.py."""
 
 import copy
-import os
-import subprocess
-import sys
 from statistics import median
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import ROOT, efficient_blocks, relative
+from common import efficient_blocks, relative
 from torch.nn.utils import prune
 
 import densenet
@@ -433,31 +430,3 @@ def test_the_block_runs_whatever_is_done_to_the_rest_of_the_network():
     net.conv1 = Wrapper(net.conv1)
     net.fc = nn.Sequential(nn.Dropout(), nn.Linear(net.fc.in_features, 3))
     assert efficient_blocks(net(images())) == 3
-
-
-# --- compiled ---------------------------------------------------------------------------------------------------
-
-COMPILED = """
-import densenet
-import torch
-from test_block import assert_equal, images, network, step
-
-torch.set_default_dtype(torch.float64)
-cases = [(efficient, n, size) for efficient in (True, "max") for n, size in ((4, 8), (5, 12))]
-expected = [step(network(efficient), images(n, size)) for efficient, n, size in cases]
-densenet.compile_block()
-for (efficient, n, size), values in zip(cases, expected):
-    assert_equal(step(network(efficient), images(n, size)), values)
-    single = step(network(efficient).float(), images(n, size).float())
-    torch.testing.assert_close(single["out"].double(), values["out"], rtol=1e-4, atol=1e-5)
-print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-"""
-
-
-@pytest.mark.slow
-def test_the_compiled_block_computes_the_same():
-    """In a process of its own: the functions stay compiled."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= len(densenet.COMPILED)

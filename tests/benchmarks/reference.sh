@@ -2,7 +2,7 @@
 # The reference run in sessions of limited time, for a machine that is available for half an hour:
 #
 #     tests/benchmarks/reference.sh SECONDS DIRECTORY [train.py's flags]
-#     tests/benchmarks/reference.sh 540 work/cifar10-bc100.reference --data data
+#     tests/benchmarks/reference.sh 540 work/cifar10-bc100.300 --data data
 #
 # Trains BC 100-12 with the default flags for at most SECONDS, then stops it with SIGTERM; the same command continues it.
 # To continue on another machine, copy DIRECTORY.
