@@ -41,6 +41,17 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
+def efficient_blocks(output: torch.Tensor) -> int:
+    """-> how many dense blocks of the graph behind ``output`` the efficient block computed"""
+    found, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return sum(node.name() == "EfficientBlockBackward" for node in found)
+
+
 # --- runs -------------------------------------------------------------------------------------------------------
 
 def contents(directory: Path) -> dict[str, bytes]:
