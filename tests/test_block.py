@@ -339,7 +339,7 @@ CHANGES = {
     "norm without gamma and beta": norm("dense1.1.bn1", affine=False),
     "an eps of its own": assigned("dense1.1.bn2", "eps", 1e-3),
     "a momentum of its own": assigned("bn1", "momentum", 0.3),
-    "momentum None": assigned("dense1.1.bn2", "momentum", None),
+    "momentum None": lambda net: [setattr(m, "momentum", None) for m in net.modules() if hasattr(m, "momentum")],
     "num_batches_tracked None": assigned("dense1.1.bn1", "num_batches_tracked", None),
     "convolution with bias": conv("dense1.1.conv1", bias=True),
     "padding mode": conv("dense1.1.conv2", padding_mode="reflect"),
