@@ -219,8 +219,10 @@ def test_outputs_gradients_and_running_statistics_are_torchvisions(make, efficie
         F.nll_loss(each, labels).backward()
     assert relative(out, expected) < 1e-12 and relative(xs[0].grad, xs[1].grad) < 1e-10
     gradients, buffers = ({name: p.grad for name, p in theirs.named_parameters()}, dict(theirs.named_buffers()))
-    for name, p in ours.named_parameters():
-        assert relative(p.grad, gradients[torchvision_name(name)]) < 1e-10, name
+    scale = max(gradient.norm().item() for gradient in gradients.values())
+    for name, p in ours.named_parameters():  # the norm that follows bn0 undoes its scale: its gradient nearly cancels
+        expected = gradients[torchvision_name(name)]
+        assert (p.grad - expected).norm() < 1e-10 * max(expected.norm().item(), 1e-3 * scale), name
     for name, buffer in ours.named_buffers():
         assert relative(buffer, buffers[torchvision_name(name)]) < 1e-12, name
 

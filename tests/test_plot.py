@@ -269,7 +269,7 @@ def test_a_bad_line_is_refused_by_file_and_number(tmp_path, capsys, header, bad)
 
 
 @pytest.mark.parametrize("content", [
-    b"epoch,loss,error\r0,2.3,90\r0.5,2.2,80\r", b"0,2.3,90\r0.5,2.2,80\r", gzip.compress(b"0,2.3,90\n"),
+    b"epoch,loss,error\r0,2.3,90\r0.5,2.2,80\r", b"0,2.3,90\r0.5,2.2,80\r", gzip.compress(b"0,2.3,90\n", mtime=0),
     "0,2.3,90\n".encode("utf-16"), b"a note"])
 def test_a_csv_of_another_kind_is_refused_and_not_left_out(tmp_path, capsys, content):
     run = write_run(tmp_path)

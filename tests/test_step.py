@@ -151,7 +151,7 @@ def both_passes(x, spec, *parameters):
         dx, _, *gradients = densenet.EfficientBlock.gradients(spec, results[0], saved, len(parameters))
     for tensor, gradient in zip((x, *parameters), (dx, *gradients), strict=True):
         assert gradient.shape == tensor.shape and gradient.device == tensor.device
-        assert gradient.dtype == parameters[0].dtype
+        assert gradient.dtype == (spec.dtype if gradient is dx else parameters[0].dtype)
     return results
 
 
