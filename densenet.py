@@ -506,7 +506,7 @@ class EfficientBlock(torch.autograd.Function):
                 hhat, mean2, var2, rstd2 = normalise(h, spec.dtype, spec.eps)
                 inner += mean2, var2
                 h = drop(relu_then(hhat, *stages[1]), spec.dropRate, row)  # (N, k, H, W)
-                row += mean2 if spec.recompute else hhat, rstd2
+                row += (mean2 if spec.recompute else hhat), rstd2
             new = slice(c, c + h.shape[1])
             xhat[:, new], *of_new = normalise(h, spec.dtype, spec.eps)
             statistics.append(of_new)
@@ -523,7 +523,7 @@ class EfficientBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        if dout is None:  # a function that reads the block has no gradient for it
+        if dout is None:  # what reads the block's output gives no gradient
             return (None,) * (2 + ctx.nParameters)
         batched = torch._C._functorch.is_legacy_batchedtensor(dout) or torch._C._functorch.is_batchedtensor(dout)
         if torch.is_grad_enabled() or batched:
@@ -565,7 +565,7 @@ class EfficientBlock(torch.autograd.Function):
         """-> the gradients of a bottleneck's inner 4k channels, and of gamma, beta and weight of its ``last`` stage"""
         rstd, hhat = row.pop(), row.pop()
         dh = undrop(dh, spec.dropRate, row)
-        if spec.recompute:  # where hhat is otherwise, the mean was kept
+        if spec.recompute:  # what was kept is the mean: make hhat again, with the same mask
             hhat = standardise(undrop(relu_then(xhat, *first), spec.dropRate, row[:]), hhat, rstd, spec.dtype)
         G = torch.empty_like(hhat, dtype=last.gamma.dtype)
         dgamma, dbeta, dweight = relu_then_backward(dh, hhat, *last, G, is_first=True)
@@ -739,12 +739,13 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
         and all(p.device == x.device and p.dtype == last.weight.dtype for p in parameters)
         and last.weight.dtype in (torch.float32, torch.float64)
         and x.dtype in (last.weight.dtype, activation_dtype(x, last.weight))
-        and len(x) * (x.shape[2] // scale) * (x.shape[3] // scale) > 1)  # else the textbook layers raise their error
+        # with a single value per channel the textbook layers raise torch's error
+        and len(x) * (x.shape[2] // scale) * (x.shape[3] // scale) > 1)
 
 
 @cache
 def class_attributes(kind: type) -> frozenset[str]:
-    """-> the names that a class gives its instances: an instance that has one of its own replaces a method"""
+    """-> the names of a class's attributes: an instance with its own ``forward``, say, was changed or compiled"""
     return frozenset(dir(kind))
 
 

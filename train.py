@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     device = set_up_device(args, world)
     check_flags(args, device, world)
     setproctitle.setproctitle(f"train.py {args.save}")
-    if saved and saved["epoch"] >= args.nEpochs and saved["test"]:
+    if saved and saved["epoch"] >= args.nEpochs and saved["test"]:  # nothing is left to do
         return finish(run, saved, args, world)
 
     # images and batches
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         last_weights, best = copy.deepcopy(net.state_dict()), state["best"]["epoch"]
         net.load_state_dict(broadcast(run.read_best(best)["model"] if world.rank == 0 else None, world))
         loss, error = evaluate(net, batches["test"], args, world)
-        check_finite("test loss", loss, state["epoch"])
+        check_finite("test loss", loss, state["epoch"], saved=state["epoch"])
         net.load_state_dict(last_weights)
         state["test"] = {"loss": loss, "error": error}
         if world.rank == 0:
@@ -184,7 +184,7 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
             bar.update()
             if len(pending) == read_every or done + len(pending) == n:
                 values = (sum_over_ranks(torch.stack(pending), world) / world.size).tolist()
-                for i, (loss, _) in enumerate(values, done + 1):
+                for i, (loss, _) in enumerate(values, done + 1):  # before any of these steps is written
                     check_finite(f"loss of step {i}", loss, epoch)
                 if world.rank == 0:
                     run.add("train.csv", [(epoch - 1 + i / n, *v) for i, v in enumerate(values, done)])
@@ -217,8 +217,8 @@ def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace,
 def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
     """-> the rate in an epoch, from 1 on; it never rises, and epochs after ``nEpochs`` keep the last one
 
-    step: lr / 10 from half of the epochs on, lr / 100 from 3/4 (paper, 4.2). cosine: lr (1 + cos(pi t)) / 2, where t is
-    the share of epochs that are done.
+    step: lr / 10 once half of the epochs are done (from epoch 151 of 300 on), lr / 100 once 3/4 are (paper, 4.2).
+    cosine: lr (1 + cos(pi t)) / 2, where t is the share of epochs that are done.
     """
     epoch = min(epoch, nEpochs)
     if schedule == "cosine":
@@ -231,12 +231,15 @@ def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     if precision != "bf16":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a graph does not repeat a cached cast
+    # no cache: a graph would replay the first step's casts of the weights
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
-def check_finite(name: str, value: float, epoch: int) -> None:
+def check_finite(name: str, value: float, epoch: int, saved: int | None = None) -> None:
+    """Raises FloatingPointError for infinity and nan. ``saved``: the epoch in latest.pth, by default the one before."""
     if not math.isfinite(value):
-        kept = f"latest.pth holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished yet"
+        saved = epoch - 1 if saved is None else saved
+        kept = f"latest.pth holds epoch {saved}" if saved else "no epoch was finished yet"
         raise FloatingPointError(f"the {name} is {value} in epoch {epoch}; {kept}; start again with a lower --lr (and "
                                  "--overwrite or another --save)")
 
@@ -245,7 +248,7 @@ def check_finite(name: str, value: float, epoch: int) -> None:
 
 def load_images(args: argparse.Namespace, world: World) -> dict[str, Images]:
     """-> "train", "test" and, with --valSize, "val" """
-    for is_turn in (world.local_rank == 0, world.local_rank > 0):  # on each machine rank 0 downloads for the others
+    for is_turn in (world.local_rank == 0, world.local_rank > 0):  # local rank 0 downloads, then the others read
         if is_turn:
             train, test = data.load(args.dataset, args.data, extra=args.extra, imageSize=args.imageSize or 32,
                                     classes=args.classes)
@@ -261,12 +264,12 @@ def load_images(args: argparse.Namespace, world: World) -> dict[str, Images]:
 
 
 def check_same_images(args: argparse.Namespace, now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Raises ValueError if --data holds other images than those of the saved run, or of rank 0."""
+    """Raises RunError if the classes, counts, mean or deviation are not those of the saved run, or of rank 0."""
     for name, value in now.items():
         is_same = value == before[name]
         if name in ("mean", "std"):
             is_same = len(value) == len(before[name]) and np.allclose(value, before[name], rtol=0, atol=1e-9)
-        if not is_same and not (args.init and name in ("mean", "std")):
+        if not is_same and not (args.init and name in ("mean", "std")):  # those of a run with --init may be its file's
             raise RunError(f"--data {args.data} holds other images than those of the run in {args.save}")
 
 
@@ -294,7 +297,7 @@ def make_net(args: argparse.Namespace, **arguments) -> densenet.DenseNet:
 def load_initial_weights(net: densenet.DenseNet, args: argparse.Namespace, world: World) -> dict[str, list[float]]:
     """Loads the weights of --pretrained or --init. -> mean and std, if they come with those of --init"""
     if args.pretrained:
-        for is_turn in (world.local_rank == 0, world.local_rank > 0):  # on each machine rank 0 downloads for the others
+        for is_turn in (world.local_rank == 0, world.local_rank > 0):  # local rank 0 downloads, then the others read
             if is_turn:
                 try:
                     weights = torchvision.models.get_model_weights(args.arch).DEFAULT.get_state_dict(check_hash=True)
@@ -345,7 +348,8 @@ def load_checkpoint(saved: dict[str, Any], net: densenet.DenseNet, optimizer: to
     """Loads weights and momentum, in place. -> the saved run's progress"""
     try:
         net.load_state_dict(saved["model"])
-        groups = [group | settings for group in saved["optimizer"]["param_groups"]]  # the device may have changed
+        # capturable depends on the device, which may have changed
+        groups = [group | settings for group in saved["optimizer"]["param_groups"]]
         optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         progress = {name: saved[name] for name in ("scheduleEpochs", "mean", "std", "epoch", "best", "val", "test",
                                                    "csvLengths")}

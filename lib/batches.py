@@ -15,8 +15,8 @@ class Augmentation(NamedTuple):
     """One epoch's random numbers: (N,) each, on the CPU."""
 
     order: torch.Tensor  # a permutation: the order in which the images are seen
-    dy: torch.Tensor  # vertical offset of image i's crop, -padding to padding pixels; dx: horizontal
-    dx: torch.Tensor
+    dy: torch.Tensor  # vertical offset of image i's crop, -padding to padding pixels
+    dx: torch.Tensor  # horizontal offset
     flip: torch.Tensor  # bool: whether image i is mirrored
 
 

@@ -62,7 +62,8 @@ def get_args_parser(description: str = "") -> Parser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--batchSz", metavar="N", type=number(int, 1, 10**6), default=64,
-                       help="images per training step, summed over all processes (default: %(default)s)")
+                       help="images per training step, summed over all processes: a multiple of their number (default: "
+                            "%(default)s)")
     group.add_argument("--nEpochs", metavar="N", type=number(int, 1, 10**6), default=None,
                        help="epochs to train (default: 300; svhn 40). With --resume it may be increased; the added "
                             "epochs use the last learning rate")
@@ -154,7 +155,7 @@ def fill_in_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 NOT_SAVED = ("resume", "overwrite", "evaluate", "predictions")  # what to do with a run, not part of it
 NOT_RESTORED = ("save", "no_plot", *NOT_SAVED)  # always from the command line, never from the saved run
-MAY_CHANGE = ("device", "no_cuda", "no_graph", "data", *NOT_RESTORED)  # when a run is resumed; nEpochs may grow
+MAY_CHANGE = ("device", "no_cuda", "no_graph", "data", *NOT_RESTORED)  # on --resume, where nEpochs may grow, too
 
 
 def saved_flags(args: argparse.Namespace) -> dict[str, Any]:

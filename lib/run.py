@@ -5,24 +5,26 @@ latest.pth is a dict of plain values and CPU tensors, read by ``torch.load(file,
     format          1
     version         of densenet.py
     flags           train.py's flags, with the defaults that depend on other flags filled in
-    environment     versions and device, for people; run.json has them, too
-    arguments       DenseNet's, which rebuild the network; its parameters are counted in "parameters"
+    environment     device, processes, threads and versions, for people
+    arguments       DenseNet's, which rebuild the network
+    parameters      their number
     efficient       how dense blocks are computed, DenseNet's argument: True, False or "max"
     mean, std       of each channel, in [0, 1]: normalise images
-    classes         their names; with trainImages, valImages and testImages they tell whether --data is still the same
+    classes         their names
+    trainImages     number of images; also valImages and testImages: they tell whether --data is still the same
     scheduleEpochs  the number of epochs that the learning rate's schedule was made for
     epoch           the last one that was finished, 0 before the first
     best            {"epoch", "error"}: the lowest error on val.csv's images, without --valSize on test.csv's
-    val, test       {"loss", "error"} of the last evaluation; with --valSize test is None until the last epoch's end
-    csvLengths      bytes of each CSV at the end of this epoch: a resumed run cuts them to it
+    val, test       {"loss", "error"} of the last evaluation, None before; val only with --valSize, test then at the end
+    csvLengths      bytes of each CSV at the end of this epoch: a resumed run cuts them to it ({} before the first)
     csvDigests      SHA-256 of these bytes: a file that was changed is noticed
     model           the network's state dict
     optimizer       the optimizer's state dict, with the momentum
 
 There is no state of a random number generator: each epoch draws from seeds of its own (batches.py).
 
-Each checkpoint replaces latest.pth as a whole, and the one before stays as previous.pth: whenever the process is
-killed, a whole one is on disk. best.pth is the best epoch's, with --valSize.
+Each checkpoint replaces latest.pth as a whole, and that of the epoch before stays as previous.pth: whenever the process
+is killed, a whole one is on disk. best.pth is the best epoch's, with --valSize.
 """
 
 import contextlib
@@ -49,7 +51,7 @@ CSV_HEADER = b"epoch,loss,error\n"
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 FILES = (LATEST, PREVIOUS, BEST, "run.json", *CSVS, *FIGURES)
 NEEDED = ("flags", "arguments", "mean", "std", "classes", "trainImages", "valImages", "testImages", "scheduleEpochs",
-          "epoch", "best", "val", "test", "csvLengths", "model", "optimizer")  # version 1 did not write all others
+          "epoch", "best", "val", "test", "csvLengths", "model", "optimizer")  # version 1 lacks the others
 PROGRESS = ("epoch", "best", "val", "test", "csvLengths", "csvDigests", "model", "optimizer")  # not in run.json
 PLOT = Path(__file__).resolve().parent.parent / "plot.py"
 
@@ -71,7 +73,7 @@ class Run:
         self.can_plot = True
 
     def start(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """-> the checkpoint to continue from, or None for a new run. Changes nothing.
+        """-> the checkpoint to continue from, or None for a new run. Takes the lock of a run that is there.
 
         Raises:
             RunError: if a run exists and neither flag is set, if none of its checkpoints can be used, if another
@@ -159,7 +161,7 @@ class Run:
     # --- writing ----------------------------------------------------------------------------------------------
 
     def begin(self, state: dict[str, Any], saved: dict[str, Any] | None) -> None:
-        """Writes the first checkpoint and run.json, and cuts the CSVs to the checkpoint's lengths.
+        """Writes run.json, and latest.pth if it is not yet this state; cuts the CSVs to the checkpoint's lengths.
 
         A new run's checkpoint is on disk before anything of a replaced run goes.
 

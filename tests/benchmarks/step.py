@@ -10,7 +10,7 @@
 A step is train.py's: forward, loss, backward, SGD with Nesterov momentum. Each row has its own process, and the rows
 take turns of one step (on a GPU of ten), so that a busy moment hits all. All are in memory at once: BC 100-12 takes
 about 24 GB on a CPU; choose rows by --only where that is too much. "compiled" is torch.compile of the whole network (on
-a GPU with mode="reduce-overhead") for torchvision, DenseNet.compile_block for ours; "graph" is train.py's CUDA graph.
+a GPU with mode="reduce-overhead"); "graph" is train.py's CUDA graph.
 
     s/step     median over the turns          ratio    to torchvision's median
     first s    the first step, in which libraries load and torch.compile compiles (less if its cache on disk has it)
@@ -80,8 +80,6 @@ ROWS = {
     "ours textbook channels_last": Row("ours", channels_last=True),
     "ours block": Row("ours", True, channels_last=True),
     "ours max": Row("ours", "max", channels_last=True),
-    "ours block compiled": Row("ours", True, channels_last=True, compiled=True),
-    "ours max compiled": Row("ours", "max", channels_last=True, compiled=True),
 }
 OF_DEPTHS = ["ours textbook channels_last", "ours block", "ours max"]
 OF_IMAGENET = ["torchvision", "torchvision channels_last", *OF_DEPTHS]
@@ -124,7 +122,7 @@ def make_step(row: Row, net: nn.Module, optimizer: torch.optim.Optimizer, precis
         step = GraphedStep(step, net, optimizer, len(images))
 
     def one_step():
-        if row.compiled and row.library != "ours" and images.is_cuda:
+        if row.compiled and images.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         result = step(images, labels, len(images))
         if row.graph and step.graph is None:
@@ -154,11 +152,7 @@ def prepare(row: Row, network: Network, args: argparse.Namespace) -> tuple[dict[
     resting = torch.cuda.memory_allocated() if on_gpu else 0
 
     start = time.perf_counter()
-    if row.compiled and row.library == "ours":
-        with train.autocast(device, args.precision):
-            if net.compile_block() is False:
-                raise RuntimeError("the block could not be compiled")
-    elif row.compiled:
+    if row.compiled:
         net = torch.compile(net, mode="reduce-overhead" if on_gpu else None)
     parts = row, net, optimizer, args.precision, images, labels
     step = make_step(*parts)
