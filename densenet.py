@@ -348,7 +348,7 @@ def read_file(file: str | os.PathLike | BinaryIO) -> Any:
             opened.seek(0)
             return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+        if "Unsupported operand" in str(error):  # no pickle at all
             raise ValueError(f"{file} is damaged, or was not written by torch.save ({one_line(error)})") from None
         raise ForeignFile(f"{file} holds other objects than tensors and plain values, such as a whole network, and "
                           "loading those could run code; save its state_dict() instead") from None

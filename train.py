@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         return finish(run, saved, args, world)
 
     # images and batches
+    if saved and "data" not in explicit and not os.path.exists(args.data):  # not to be downloaded again elsewhere
+        raise RunError(f"the run's --data {args.data} is not to be found from here; give --data")
     images = load_images(args, world)
     mean, std = images["train"].mean_and_std()
     if args.pretrained:

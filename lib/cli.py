@@ -140,8 +140,8 @@ def exit_status(main: Callable[[list[str] | None], int | None]) -> Callable[[lis
             rank = os.environ.get("RANK", "0")
             if rank == "0" or isinstance(error, WrongEnvironment):
                 fail(message, status, program)
-            elif not isinstance(error, ValueError) and not is_peer_failure(error):  # those rank 0 tells
-                fail(f"rank {rank}: {message}", status, program)
+            elif not is_peer_failure(error) and (not isinstance(error, ValueError) or os.environ["LOCAL_RANK"] == "0"):
+                fail(f"rank {rank}: {message}", status, program)  # bad input once on each machine
             return status
         finally:
             distributed.end()

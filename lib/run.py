@@ -248,11 +248,15 @@ class Run:
                 warn(f"no figures, but the training is not affected: {(error.splitlines() or ['no message'])[-1]}")
             self.plotter = None
         if self.can_plot and not self.plotter:
-            self.plotter = subprocess.Popen([sys.executable, PLOT, "--", self.path], stdin=subprocess.DEVNULL,
-                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                            start_new_session=True)  # Ctrl-C does not reach it
-            if wait:
-                self.plotter.wait()
+            try:
+                self.plotter = subprocess.Popen([sys.executable, PLOT, "--", self.path], stdin=subprocess.DEVNULL,
+                                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                                start_new_session=True)  # Ctrl-C does not reach it
+                if wait:
+                    self.plotter.wait()
+            except OSError as error:  # no memory for another process
+                self.can_plot = False
+                warn(f"no figures, but the training is not affected: {error.strerror}")
 
 
 # --- files that are replaced as a whole -------------------------------------------------------------------------
