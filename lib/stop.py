@@ -12,7 +12,7 @@ def stop_on_signals() -> None:
 
 
 def stop(number: int, _frame) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if "MASTER_ADDR" not in os.environ or os.environ.get("RANK") == "0":  # one line under torchrun, too
         text = f"train.py: stopped by {signal.Signals(number).name}; --resume continues from the last epoch saved\n"
         end_of_bar = "\n" if os.isatty(2) else ""
         os.write(2, (end_of_bar + text).encode())  # print() could have been interrupted itself
