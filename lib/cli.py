@@ -137,7 +137,7 @@ def exit_status(main: Callable[[list[str] | None], int | None]) -> Callable[[lis
                 message = "another process has ended"
             elif not isinstance(error, (Failure, OSError, FloatingPointError, torch.AcceleratorError)):
                 raise
-            rank = os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"  # else it is another program's
+            rank = os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"  # or another program's
             if rank == "0" or isinstance(error, WrongEnvironment):
                 fail(message, status, program)
             elif not is_peer_failure(error) and (not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK") == "0"):
