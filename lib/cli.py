@@ -140,7 +140,7 @@ def exit_status(main: Callable[[list[str] | None], int | None]) -> Callable[[lis
             rank = os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"  # or another program's
             if rank == "0" or isinstance(error, WrongEnvironment):
                 fail(message, status, program)
-            elif not is_peer_failure(error) and (not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK") == "0"):
+            elif not is_peer_failure(error) and (status == 1 or os.environ.get("LOCAL_RANK") == "0"):
                 fail(f"rank {rank}: {message}", status, program)  # bad input once on each machine
             return status
         finally:
