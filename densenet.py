@@ -347,14 +347,12 @@ def read_file(file: str | os.PathLike | BinaryIO) -> Any:
                         raise ValueError(f"wrong checksum of {bad}")
             opened.seek(0)
             return torch.load(opened, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # no pickle at all
-            raise ValueError(f"{file} is damaged, or was not written by torch.save ({one_line(error)})") from None
-        raise ForeignFile(f"{file} holds other objects than tensors and plain values, such as a whole network, and "
-                          "loading those could run code; save its state_dict() instead") from None
     except (OSError, MemoryError):
         raise
     except Exception as error:  # zipfile's, zlib's, struct's, torch's: a flipped bit can cause any of them
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):  # a pickle
+            raise ForeignFile(f"{file} holds other objects than tensors and plain values, such as a whole network, and "
+                              "loading those could run code; save its state_dict() instead") from None
         raise ValueError(f"{file} is damaged, or was not written by torch.save ({one_line(error)})") from None
 
 
@@ -369,7 +367,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     - torchvision's: features.denseblock1.denselayer1.norm1 (norm.1 in older files) is dense1.0.bn1
     - andreasveit/densenet-pytorch's, used for out-of-distribution detection: block1.layer.0.bn1 is dense1.0.bn1
 
-    They may be under "state_dict" or "model", and all names may begin with "module.".
+    They may be under "state_dict" or "model", all with the prefix "module." of DDP or "_orig_mod." of torch.compile.
 
     Raises:
         ValueError: if ``state_dict`` is no dict of names and tensors.
@@ -383,7 +381,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     names = {"features.conv0": "conv1", "features.norm0": "bn0", "features.norm5": "bn1"}
     ours = {}
     for name, value in state_dict.items():
-        name = name.removeprefix("module.") if shared else name
+        name = (name.removeprefix("module.") if shared else name).replace("_orig_mod.", "")  # torch.compile's
         name = re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", name)
         name = re.sub(r"^features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)",
                       lambda m: f"dense{m[1]}.{int(m[2]) - 1}.{m[3].replace('norm', 'bn')}", name)
@@ -420,11 +418,11 @@ def efficient_features(net: DenseNet, x: torch.Tensor) -> torch.Tensor:
     """-> ``net.features`` from the stem's output x on, by the function below instead of the textbook layers"""
     for b in range(1, net.nBlocks):
         block, trans = net.get_submodule(f"dense{b}"), net.get_submodule(f"trans{b}")
+        # without dropout between them, pool(conv(a)) = conv(pool(a)) for a 1x1 convolution, which then costs a quarter
+        pool = (1, 1) if trans.dropRate > 0 else (2, 2)
+        x = trans.conv1(efficient_block(net, block, trans.bn1, x, pool))
         if trans.dropRate > 0:
-            x = trans.conv1(efficient_block(net, block, trans.bn1, x, pool=(1, 1)))
             x = F.avg_pool2d(F.dropout(x, trans.dropRate), 2)
-        else:  # pool(conv(a)) = conv(pool(a)) for a 1x1 convolution, which then costs a quarter
-            x = trans.conv1(efficient_block(net, block, trans.bn1, x, pool=(2, 2)))
     last = net.get_submodule(f"dense{net.nBlocks}")
     return efficient_block(net, last, net.bn1, x, pool=tuple(x.shape[2:])).flatten(1)
 
@@ -558,7 +556,7 @@ class EfficientBlock(torch.autograd.Function):
             sum_G[:c] += first.gamma * dbeta
             sum_Gxhat[:c] += first.gamma * dgamma
         dx = normalise_backward(G[:, :c], xhat[:, :c], rstd[:c], sum_G[:c], sum_Gxhat[:c])
-        return dx, None, *(grad.to(gamma.dtype) for grad in grads)
+        return dx, None, *grads
 
     @staticmethod
     def bottleneck_gradients(spec, dh, xhat, first, last, row):

@@ -211,7 +211,8 @@ def test_outputs_gradients_and_running_statistics_are_torchvisions(make, efficie
     torch.manual_seed(0)
     ours, theirs = (net.double() for net in make(efficient))
     theirs.load_state_dict(ours.torchvision_state_dict())
-    x, labels = torch.randn(3, 3, 36, 32, dtype=torch.float64), torch.tensor([1, 5, 9])
+    size = (36, 32) if ours.arguments["smallInputs"] else (68, 64)
+    x, labels = torch.randn(3, 3, *size, dtype=torch.float64), torch.tensor([1, 5, 9])
     xs = [x.clone().requires_grad_() for _ in range(2)]
     out, expected = ours(xs[0]), F.log_softmax(theirs(xs[1]), 1)
     assert efficient_blocks(out) == (ours.nBlocks if efficient else 0)
