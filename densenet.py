@@ -350,13 +350,16 @@ def read_file(file: str | os.PathLike | BinaryIO) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # zipfile's, zlib's, struct's, torch's: a flipped bit can cause any of them
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):  # a pickle
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        if is_pickle and "Unsupported operand" in str(error):  # the first byte of a text, say
+            error = "it is neither an archive nor a pickle"
+        elif is_pickle:
             raise ForeignFile(f"{file} holds other objects than tensors and plain values, such as a whole network, and "
                               "loading those could run code; save its state_dict() instead") from None
         raise ValueError(f"{file} is damaged, or was not written by torch.save ({one_line(error)})") from None
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())[:160]
 
 

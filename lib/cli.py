@@ -56,6 +56,21 @@ def number(kind: type, minimum: float, maximum: float, valid: str = ""):
     return parse
 
 
+def path(text: str) -> str:
+    """An argparse type: a path. An empty one, of an unset shell variable, would be taken for a flag not given."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
+    return text
+
+
+def new_csv(text: str) -> str:
+    """An argparse type: the path of a CSV that is not there yet. Refusing it later would lose the work."""
+    if os.path.lexists(text) or not (text.endswith(".csv") and os.access(os.path.dirname(text) or ".", os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a new file that ends in .csv, in an existing, "
+                                         "writable directory")
+    return text
+
+
 def add_network_flags(group, depth: int, growth_rates: tuple[int, int] = (1, 4096)) -> None:
     """Adds --growthRate, --depth, --reduction and --no-bottleneck; ``depth`` is the default."""
     group.add_argument("--growthRate", metavar="K", type=number(int, *growth_rates), default=12,

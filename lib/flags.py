@@ -5,7 +5,7 @@ import math
 import os
 from typing import Any
 
-from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, flag, number
+from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, flag, new_csv, number, path
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 DATASETS = ("cifar10", "cifar100", "svhn", "folder")
@@ -22,7 +22,7 @@ def get_args_parser(description: str = "") -> Parser:
     group.add_argument("--dataset", choices=DATASETS, default="cifar10",
                        help="folder: images in DIR/train/CLASS, and DIR/test/CLASS or DIR/val/CLASS (default: "
                             "%(default)s)")
-    group.add_argument("--data", metavar="DIR", default="data",
+    group.add_argument("--data", metavar="DIR", type=path, default="data",
                        help="the data set's folder or its parent; downloaded there if missing (default: %(default)s)")
     group.add_argument("--classes", metavar="NAME", nargs="+", default=None,
                        help="train and test on these classes only, such as cat dog (default: all)")
@@ -45,7 +45,7 @@ def get_args_parser(description: str = "") -> Parser:
     group.add_argument("--arch", choices=ARCHS, default=None, help="one of ImageNet's networks, for images of 224x224")
     group.add_argument("--pretrained", action="store_true",
                        help="start --arch from torchvision's ImageNet weights (downloaded), except the classifier")
-    group.add_argument("--init", metavar="FILE", default=None,
+    group.add_argument("--init", metavar="FILE", type=path, default=None,
                        help="start from the weights in FILE: a checkpoint of train.py, or a state dict with our names, "
                             "torchvision's or andreasveit's; the classifier is taken if it fits")
     add_network_flags(group, depth=100)
@@ -89,14 +89,15 @@ def get_args_parser(description: str = "") -> Parser:
                        help="batch norm over the images of all GPUs (default: over each GPU's own images)")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save", metavar="DIR", default=None, help="run directory (default: work/<dataset>.base)")
+    group.add_argument("--save", metavar="DIR", type=path, default=None,
+                       help="run directory (default: work/<dataset>.base)")
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --save with its flags, or start one; repeat it until the run ends")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --save")
-    group.add_argument("--evaluate", metavar="RUN", default=None,
+    group.add_argument("--evaluate", metavar="RUN", type=path, default=None,
                        help="only print the loss and error on the test images of a checkpoint, or of a run's directory")
-    group.add_argument("--predictions", metavar="FILE", default=None,
-                       help="with --evaluate: write a CSV of image, label, prediction and probability")
+    group.add_argument("--predictions", metavar="FILE.csv", type=new_csv, default=None,
+                       help="with --evaluate: write image, label, prediction and probability of each test image")
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU")
     group.add_argument("--device", metavar="D", default=None,
                        help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")

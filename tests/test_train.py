@@ -360,6 +360,14 @@ def test_evaluate_prints_the_saved_networks_loss_error_and_each_classs_error(who
             f"{c}: {100 * wrong[test.labels == i].double().mean():.2f}%" for i, c in enumerate(test.classes)]
 
 
+def test_predictions_replace_no_file(whole, capsys):
+    before = contents(whole)
+    for name in ("latest.pth", "test.csv", "none/p.csv"):
+        assert "valid is a new file that ends in .csv" in refused(
+            train.main, capsys, "--evaluate", whole, "--predictions", whole / name)
+    assert contents(whole) == before
+
+
 def test_predictions_are_a_row_for_each_test_image(whole, on_pictures, tmp_path, capsys):
     file = tmp_path / "predictions.csv"
     assert train.main(["--evaluate", str(whole), "--predictions", str(file)]) == 0  # with the run's --data
@@ -370,6 +378,7 @@ def test_predictions_are_a_row_for_each_test_image(whole, on_pictures, tmp_path,
     confusion = pandas.crosstab(table.label, table.prediction)
     assert confusion.to_numpy().sum() == 40 and {*confusion.index} <= {*data.CIFAR10_CLASSES}
     assert train.main([*on_pictures, "--save", str(tmp_path / "run")]) == 0
+    file = tmp_path / "pictures.csv"
     assert train.main(["--evaluate", str(tmp_path / "run"), "--predictions", str(file)]) == 0
     assert [*pandas.read_csv(file).image] == [f"test/{name}/{i}" for name in ("cat", "dog", "ship")
                                               for i in ("0.jpg", "1.png")]
