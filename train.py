@@ -330,6 +330,8 @@ def choose_efficient(args: argparse.Namespace, device: torch.device, saved: dict
         return saved["efficient"]
     if saved and "path" in saved:  # of version 1.1, which names the path of the block
         return {"textbook": False, "max": "max", "compiled max": "max"}.get(saved["path"], True)
+    if args.syncBN or device.type not in ("cpu", "cuda"):
+        return False  # the block would not run
     fits_best = device.type == "cpu" and args.precision == "fp32"  # measured: the textbook layers are faster elsewhere
     return {"auto": fits_best, "yes": True, "no": False, "max": "max"}[args.efficient]
 
