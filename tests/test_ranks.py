@@ -143,9 +143,11 @@ def refused_trainings(argv: list[str], rank: int) -> None:
     def others_on_rank_1(*args, **more):
         return [images.keep(torch.arange(len(images.labels)) >= rank) for images in load(*args, **more)]
 
-    for data.load in (fail_on(0), fail_on(1), others_on_rank_1):
+    for i, data.load in enumerate((fail_on(0), fail_on(1), others_on_rank_1)):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a group must not meet in the keys of the one before
         assert train.main(argv) in (1, 2)
     data.load = load
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "3"
     assert train.main([*argv, "--batchSz", "31"]) == 2
     print("all ended", flush=True)
 
