@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from common import efficient_blocks
 from torchvision.transforms.functional import to_tensor
 
 import densenet
@@ -47,17 +48,6 @@ def read_rows(path: Path) -> list[tuple[float, ...]]:
     header, *lines = path.read_text().splitlines()
     assert header == "epoch,loss,error"
     return [tuple(map(float, line.split(","))) for line in lines]
-
-
-def count_blocks(output: torch.Tensor) -> int:
-    """-> how many dense blocks of the graph behind ``output`` the efficient block computed"""
-    found, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [source for source, _ in node.next_functions]
-    return sum("EfficientBlock" in node.name() for node in found)
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------
@@ -160,7 +150,7 @@ def test_block_equals_textbook_layers(seed, monkeypatch):
     expected = training_step(textbook, images)
     calls.clear()
     found = training_step(block, images)
-    assert count_blocks(block(images)) == 3 and count_blocks(textbook(images)) == 0
+    assert efficient_blocks(block(images)) == 3 and efficient_blocks(textbook(images)) == 0
     scale = max(value.norm().item() for value in expected[1:1 + len([*block.parameters()])])
     for a, b in zip(expected, found, strict=True):
         a, b = a.double(), b.double()  # gradients of biases before a norm are nothing but rounding: hence the scale
