@@ -18,8 +18,17 @@ import torch
 import densenet
 from densenet import DenseNet
 from lib import data
-from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, exit_status, flag, network_arguments, number
-from lib.compare import EFFICIENT, Side, describe, file, layers_of, new_file, record, settle_kinks, torchvision_net
+from lib.cli import (
+    NETWORK_FLAGS,
+    Parser,
+    add_network_flags,
+    exit_status,
+    flag,
+    network_arguments,
+    new_file,
+    number,
+)
+from lib.compare import EFFICIENT, Side, describe, file, layers_of, record, settle_kinks, torchvision_net
 from lib.figures import COLOURS, GRID, Figure, style
 
 FACTOR = 4  # an error may be this many times the reference's own rounding error

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from densenet import Bottleneck, DenseNet, SingleLayer, Transition
-from lib.cli import Parser, add_network_flags, exit_status, network_arguments, number
-from lib.compare import check_efficient, describe, layers_of, new_file, settle_kinks
+from lib.cli import Parser, add_network_flags, exit_status, network_arguments, new_file, number
+from lib.compare import check_efficient, describe, layers_of, settle_kinks
 from lib.figures import COLOURS, GRID, Figure, style
 
 STEP = 1e-6  # larger steps have more truncation error, smaller steps more rounding error: see --plot

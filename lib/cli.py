@@ -63,12 +63,16 @@ def path(text: str) -> str:
     return text
 
 
-def new_csv(text: str) -> str:
-    """An argparse type: the path of a CSV that is not there yet. Refusing it later would lose the work."""
-    if os.path.lexists(text) or not (text.endswith(".csv") and os.access(os.path.dirname(text) or ".", os.W_OK)):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a new file that ends in .csv, in an existing, "
-                                         "writable directory")
-    return text
+def new_file(suffix: str, may_exist: bool = True):
+    """-> an argparse type: the path of a file that can be written. Refusing it later would lose the script's work."""
+    def parse(text: str) -> str:
+        is_free = not (os.path.isdir(text) if may_exist else os.path.lexists(text))
+        if not (is_free and text.endswith(suffix) and os.access(os.path.dirname(text) or ".", os.W_OK)):
+            kind = "file" if may_exist else "new file"
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a {kind} that ends in {suffix}, in an existing, "
+                                             "writable directory")
+        return text
+    return parse
 
 
 def add_network_flags(group, depth: int, growth_rates: tuple[int, int] = (1, 4096)) -> None:

@@ -28,16 +28,6 @@ def file(text: str) -> str:
     return text
 
 
-def new_file(suffix: str):
-    """-> an argparse type: the path of a file that can be written. Refusing it later would lose the tool's work."""
-    def parse(text: str) -> str:
-        if os.path.isdir(text) or not (text.endswith(suffix) and os.access(os.path.dirname(text) or ".", os.W_OK)):
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}; valid is a file that ends in {suffix}, in an existing, "
-                                             "writable directory")
-        return text
-    return parse
-
-
 # --- a network --------------------------------------------------------------------------------------------------
 
 def layers_of(net: DenseNet) -> list[tuple[str, nn.Module]]:

@@ -5,7 +5,7 @@ import math
 import os
 from typing import Any
 
-from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, flag, new_csv, number, path
+from lib.cli import NETWORK_FLAGS, Parser, add_network_flags, flag, new_file, number, path
 
 ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201")
 DATASETS = ("cifar10", "cifar100", "svhn", "folder")
@@ -96,7 +96,7 @@ def get_args_parser(description: str = "") -> Parser:
     group.add_argument("--overwrite", action="store_true", help="replace the run in --save")
     group.add_argument("--evaluate", metavar="RUN", type=path, default=None,
                        help="only print the loss and error on the test images of a checkpoint, or of a run's directory")
-    group.add_argument("--predictions", metavar="FILE.csv", type=new_csv, default=None,
+    group.add_argument("--predictions", metavar="FILE.csv", type=new_file(".csv", may_exist=False), default=None,
                        help="with --evaluate: write image, label, prediction and probability of each test image")
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU")
     group.add_argument("--device", metavar="D", default=None,
