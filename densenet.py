@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -97,16 +97,16 @@ class DenseNet(nn.Module):
             with stride 2, batch norm ``bn0`` and 3x3 max pooling with stride 2, for images of 224x224.
         dropRate: dropout after every convolution but the first, in [0, 1); the paper uses 0.2 without augmentation.
         initChannels: channels of the first convolution; None is 2k. The paper's networks without bottleneck (1.0, 7.0
-            and 27.2 M parameters) have 16.
+            and 27.2 M parameters) have 16, and reduction 1.
         inChannels: channels of the images.
         bnSize: the bottleneck's width as a multiple of k; the paper's is 4.
         efficient: how dense blocks are computed in training. True: the exact function, in memory linear in depth.
             "max": in less memory again, at the cost of one more 1x1 convolution per layer. False: by the textbook
             layers above, which also run in evaluation and wherever ``block_is_exact`` says no.
 
-    Convolutions start at N(0, sqrt(2 / (kernel area * output channels))): a ReLU halves the signal's power, so this
-    keeps the variance of the *gradients* constant through depth (He et al. 2015, equation 14); batch norm does so for
-    the activations. Batch norms start at 1 and 0, the classifier's bias at 0.
+    Convolutions start normally distributed, with mean 0 and standard deviation sqrt(2 / (kernel area * output
+    channels)) (He et al. 2015, equation 14); batch norms at 1 and 0; the classifier's weight as torch's Linear, its
+    bias at 0.
 
     Raises:
         ValueError: for impossible geometry, with the nearest valid values.
@@ -221,10 +221,9 @@ class DenseNet(nn.Module):
         return {torchvision_name(name): value for name, value in self.state_dict().items()}
 
 
-def checked_arguments(**arguments) -> dict[str, Any]:
+def checked_arguments(**a) -> dict[str, Any]:
     """-> DenseNet's arguments as Python's numbers, which a checkpoint can hold. Raises ValueError, naming an impossible
     value and the valid ones."""
-    a = dict(arguments)
     for name in ("growthRate", "depth", "nClasses", "initChannels", "inChannels", "bnSize"):
         if a[name] is not None:
             a[name] = operator.index(a[name])
@@ -370,7 +369,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     - torchvision's: features.denseblock1.denselayer1.norm1 (norm.1 in older files) is dense1.0.bn1
     - andreasveit/densenet-pytorch's, used for out-of-distribution detection: block1.layer.0.bn1 is dense1.0.bn1
 
-    They may be under "state_dict" or "model", all with the prefix "module." of DDP or "_orig_mod." of torch.compile.
+    They may be under "state_dict" or "model", with the prefix "module." of DDP or "_orig_mod." of torch.compile.
 
     Raises:
         ValueError: if ``state_dict`` is no dict of names and tensors.
@@ -380,10 +379,8 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             state_dict = state_dict[key]
     if not (isinstance(state_dict, Mapping) and all(torch.is_tensor(value) for value in state_dict.values())):
         raise ValueError(f"the weights are a {type(state_dict).__name__}; valid is a dict of names and tensors")
-    shared = all(name.startswith("module.") for name in state_dict)
     ours = {}
     for name, value in state_dict.items():
-        name = name.removeprefix("module.") if shared else name
         for pattern, replacement in OUR_NAMES:
             name = re.sub(pattern, replacement, name)
         ours[name] = value
@@ -391,7 +388,7 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 OUR_NAMES = (  # replaced one after the other
-    (r"_orig_mod\.", ""),
+    (r"^module\.|_orig_mod\.", ""),
     (r"\.(norm|conv)\.([12])\.", r".\1\2."),
     (r"^features\.denseblock(\d+)\.denselayer(\d+)\.", lambda match: f"dense{match[1]}.{int(match[2]) - 1}."),
     (r"^features\.transition(\d+)\.(norm|conv)\.", r"trans\1.\g<2>1."),
@@ -450,22 +447,21 @@ def efficient_block(net: DenseNet, block: nn.Sequential, norm: nn.BatchNorm2d, x
     """-> ``avg_pool2d(relu(norm(block(x))), pool)``; updates the running statistics of every batch norm"""
     bottleneck = type(block[0]) is Bottleneck
     outer, inner = [*(layer.bn1 for layer in block), norm], [layer.bn2 for layer in block if bottleneck]
-    parameters = []
-    for layer in block:
-        parameters += layer.bn1.weight, layer.bn1.bias, layer.conv1.weight
-        if bottleneck:
-            parameters += layer.bn2.weight, layer.bn2.bias, layer.conv2.weight
+    names = ["bn1.weight", "bn1.bias", "conv1.weight"]
+    if bottleneck:
+        names += ["bn2.weight", "bn2.bias", "conv2.weight"]
+    parameters = [layer.get_parameter(name) for layer in block for name in names]
     spec = BlockSpec(bottleneck, norm.eps, block[0].dropRate, pool, net.efficient == "max",
                      activation_dtype(x, norm.weight))
     with torch.autocast(x.device.type, enabled=False):  # the block casts by itself
         out, mean, var, *of_inner = EfficientBlock.apply(x, spec, *parameters, norm.weight, norm.bias)
     with torch.no_grad():  # all norms together: on a GPU a few launches instead of three for each norm
-        norms, means, variances = outer + inner, [mean] * len(outer), [var] * len(outer)
-        for name, new in (("running_mean", means + of_inner[::2]), ("running_var", variances + of_inner[1::2])):
-            running = [getattr(norm, name) for norm in norms]
-            new = [value[:len(old)] for value, old in zip(new, running, strict=True)]
+        means, variances = [mean] * len(outer) + of_inner[::2], [var] * len(outer) + of_inner[1::2]
+        for name, new in (("running_mean", means), ("running_var", variances)):
+            running = [getattr(m, name) for m in outer + inner]
+            new = [value[:len(old)] for value, old in zip(new, running, strict=True)]  # the channels that m reads
             torch._foreach_lerp_(running, new, norm.momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        torch._foreach_add_([m.num_batches_tracked for m in outer + inner], 1)
     return out
 
 
@@ -475,10 +471,11 @@ class EfficientBlock(torch.autograd.Function):
     Channel c of the block has one batch mean and variance, however many layers normalise it. Hence
 
         xhat_c = (x_c - mean_c) rstd_c              once per channel, when the channel is made
-        a_l    = relu(gamma_l xhat[:C_l] + beta_l)  element by element; recomputed when needed, never kept
+        a_l    = relu(gamma_l xhat[:C_l] + beta_l)  recomputed when needed, never kept
         h_l    = W_l a_l                            the layer's first convolution
 
-    and backward, where G is the gradient of xhat, the sum over all layers that read xhat:
+    and backward, from the last layer to the first, where G is the gradient of xhat, the sum over all layers that read
+    xhat. When it is a layer's turn, all readers of its k channels have added to their G, and dx is complete:
 
         da_l     = W_l^T dh_l, zero where a_l is zero
         dbeta_l  = sum(da_l),  dgamma_l = sum(da_l xhat)
@@ -486,8 +483,8 @@ class EfficientBlock(torch.autograd.Function):
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
     The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over l of gamma_l dbeta_l and of
-    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass:
-    xhat, each bottleneck's normalised 4k channels (not with ``recompute``), dropout's masks and the parameters.
+    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass are
+    the parameters, xhat, rstd and a ``Kept`` for each layer.
 
     Schlüter shared xhat before, with a scale and shift per layer (Lasagne/Recipes, densenet_fast.py, 2016); Jung et
     al. split and fused batch norm on a CPU (arXiv 1807.01702). New are the exact backward pass in memory linear in
@@ -505,14 +502,15 @@ class EfficientBlock(torch.autograd.Function):
         xhat, c = new_like(x, len(gamma), spec.dtype), x.shape[1]
         statistics, inner, kept = [normalise(tiles(x), tiles(xhat[:, :c]), spec.eps)], [], []
         for stages in layers:
-            row = []  # what this layer keeps
-            h = drop(relu_then(tiles(xhat[:, :c]), *stages[0]), spec.dropRate, row)  # 4k channels, k without bottleneck
+            h = relu_then(tiles(xhat[:, :c]), *stages[0])  # 4k channels, k without bottleneck
+            h, mask = drop(h, spec.dropRate)
+            row = Kept(mask)
             if spec.bottleneck:
                 hhat = new_like(x, len(stages[0].weight), spec.dtype)
                 mean2, var2, rstd2 = normalise(h, tiles(hhat), spec.eps)
                 inner += mean2, var2
-                h = drop(relu_then(tiles(hhat), *stages[1]), spec.dropRate, row)  # k channels
-                row += (mean2 if spec.recompute else hhat), rstd2
+                h, mask2 = drop(relu_then(tiles(hhat), *stages[1]), spec.dropRate)  # k channels
+                row = Kept(mask, mean2, rstd2, None if spec.recompute else hhat, mask2)
             new = slice(c, c + len(stages[-1].weight))
             statistics.append(normalise(h, tiles(xhat[:, new]), spec.eps))
             c = new.stop
@@ -523,7 +521,7 @@ class EfficientBlock(torch.autograd.Function):
         ctx.spec, ctx.nParameters = spec, len(parameters)
         ctx.save_for_backward(*parameters, xhat, rstd, *kept)
         ctx.mark_non_differentiable(mean, var, *inner)
-        ctx.set_materialize_grads(False)  # otherwise zeros are made as gradients of these: 102 kernels in BC 100-12
+        ctx.set_materialize_grads(False)  # otherwise zeros are made as gradients of these, too
         return out, mean, var, *inner
 
     @staticmethod
@@ -542,35 +540,46 @@ class EfficientBlock(torch.autograd.Function):
     def gradients(spec, dout, saved, nParameters):
         layers, gamma, beta = split_layers(saved[:nParameters], spec)
         xhat, rstd, *kept = saved[nParameters:]
-        size = len(kept) // len(layers)  # of a layer's row
+        size = len(Kept._fields)
+        rows = [Kept(*kept[i:i + size]) for i in range(0, len(kept), size)]
         G = torch.zeros_like(xhat, dtype=gamma.dtype)
-        (dgamma, dbeta), _ = relu_then_backward(dout.tensor_split(len(tiles(G))), tiles(xhat), gamma, beta,
-                                              spec.pool, tiles(G))
+        (dgamma, dbeta), _ = relu_then_backward(dout.tensor_split(len(tiles(G))), tiles(xhat), gamma, beta, spec.pool,
+                                                tiles(G))
         sum_G, sum_Gxhat = gamma * dbeta, gamma * dgamma
         grads = [dgamma, dbeta]
-        for i, stages in reversed([*enumerate(layers)]):
-            row = [*kept[i * size:(i + 1) * size]]
+        for stages, row in zip(reversed(layers), reversed(rows), strict=True):
             first, last = stages[0], stages[-1]  # the same without bottleneck
             c = len(first.gamma)  # channels that the layer reads
             new = slice(c, c + len(last.weight))
             dh = normalise_backward(tiles(G[:, new]), tiles(xhat[:, new]), rstd[new], sum_G[new], sum_Gxhat[new])
             if spec.bottleneck:
-                rstd2, hhat = row.pop(), row.pop()
-                dh = undrop(dh, spec.dropRate, row)
-                if spec.recompute:  # what was kept is the mean: make hhat again, with the same mask
-                    mean2, hhat = hhat, new_like(xhat, len(first.weight), spec.dtype)
-                    h = undrop(relu_then(tiles(xhat[:, :c]), *first), spec.dropRate, row[:])
-                    standardise(h, tiles(hhat), mean2, rstd2)
+                hhat = row.hhat
+                if spec.recompute:
+                    h = masked(relu_then(tiles(xhat[:, :c]), *first), row.mask, spec.dropRate)
+                    hhat = new_like(xhat, len(first.weight), spec.dtype)
+                    standardise(h, tiles(hhat), row.mean2, row.rstd2)
+                dh = masked(dh, row.mask2, spec.dropRate)
                 (dgamma, dbeta, dweight), da = relu_then_backward(dh, tiles(hhat), *last)
-                dh = normalise_backward(da, tiles(hhat), rstd2 * last.gamma, dbeta, dgamma)
+                # its G is gamma da: gamma may as well be multiplied by rstd
+                dh = normalise_backward(da, tiles(hhat), last.gamma * row.rstd2, sum_G=dbeta, sum_Gxhat=dgamma)
                 grads = [dgamma, dbeta, dweight, *grads]
-            dh = undrop(dh, spec.dropRate, row)
+            dh = masked(dh, row.mask, spec.dropRate)
             (dgamma, dbeta, dweight), _ = relu_then_backward(dh, tiles(xhat[:, :c]), *first, tiles(G[:, :c]))
             grads = [dgamma, dbeta, dweight, *grads]
             sum_G[:c] += first.gamma * dbeta
             sum_Gxhat[:c] += first.gamma * dgamma
         dx = normalise_backward(tiles(G[:, :c]), tiles(xhat[:, :c]), rstd[:c], sum_G[:c], sum_Gxhat[:c])
         return torch.cat(dx), None, *grads
+
+
+class Kept(NamedTuple):
+    """What a layer keeps for the backward pass; None: what it does not need."""
+
+    mask: torch.Tensor | None  # of dropout after the first convolution
+    mean2: torch.Tensor | None = None  # of a bottleneck's inner 4k channels
+    rstd2: torch.Tensor | None = None
+    hhat: torch.Tensor | None = None  # these channels, normalised; not with ``recompute``
+    mask2: torch.Tensor | None = None  # of dropout after the second convolution
 
 
 class Stage(NamedTuple):
@@ -612,8 +621,8 @@ def relu_then_backward(dout, xhat, gamma, beta, reader, G=None):
     """Adds gamma da to G, if given. -> [dgamma, dbeta], and dweight if the reader is a weight; da if there is no G"""
     results = [tile_backward(*tile, gamma, beta, reader)
                for tile in zip(dout, xhat, G or [None] * len(xhat), strict=True)]
-    da, *grads = zip(*results, strict=True)
-    return [sum(values[1:], start=values[0]) for values in grads], da
+    grads, da = zip(*results, strict=True)
+    return [sum(values[1:], start=values[0]) for values in zip(*grads, strict=True)], da
 
 
 def normalise(x, xhat, eps):
@@ -632,24 +641,22 @@ def standardise(x, xhat, mean, rstd):
 
 
 def normalise_backward(G, xhat, rstd, sum_G, sum_Gxhat):
-    """-> dx = rstd (G - mean(G) - xhat mean(G xhat)); the same with da for G, and rstd gamma for rstd"""
+    """-> dx = rstd (G - mean(G) - xhat mean(G xhat))"""
     m = pixels(G)
     shift, slope, rstd = column(sum_G * rstd / -m), column(sum_Gxhat * rstd / -m), column(rstd)
     return [torch.addcmul(shift, g, rstd).addcmul_(tile, slope).to(tile.dtype)
             for g, tile in zip(G, xhat, strict=True)]
 
 
-def drop(h, p, row):
-    """-> h after dropout; its mask is added to the list ``row``"""
-    if p == 0:
-        return h
-    row.append(torch.cat([F.dropout(torch.ones_like(tile), p).bool() for tile in h]))
-    return [tile * mask / (1 - p) for tile, mask in zip(h, tiles(row[-1]), strict=True)]
+def drop(h, p):
+    """-> h after dropout; the mask, None without dropout"""
+    mask = torch.cat([F.dropout(torch.ones_like(tile), p).bool() for tile in h]) if p > 0 else None
+    return masked(h, mask, p), mask
 
 
-def undrop(dh, p, row):
-    """-> the gradient of dropout's input; takes the mask from the end of ``row``"""
-    return [tile * mask / (1 - p) for tile, mask in zip(dh, tiles(row.pop()), strict=True)] if p > 0 else dh
+def masked(h, mask, p):
+    """-> what dropout with this mask makes of h, or of the gradient of its output"""
+    return h if mask is None else [tile * m / (1 - p) for tile, m in zip(h, tiles(mask), strict=True)]
 
 
 def pixels(x):
@@ -660,16 +667,16 @@ def pixels(x):
 # --- functions of one tile ---
 
 def tile_backward(dout, xhat, G, gamma, beta, reader):
-    """-> da if there is no G, else None; then as relu_then_backward"""
+    """As relu_then_backward."""
     result, *dweight = read_backward(reader, dout, affine_relu(xhat, gamma, beta))
     # sums over tiles have the parameters' dtype: bfloat16 would round each addition
     da, dweight = result.to(gamma.dtype), [d.to(gamma.dtype) for d in dweight]
     dbeta = da.sum((2, 3)).sum(0)  # in two steps: over all three is slow on a CPU
     if G is None:
-        return result, (da * xhat).sum((2, 3)).sum(0), dbeta, *dweight
+        return [(da * xhat).sum((2, 3)).sum(0), dbeta, *dweight], result
     G.addcmul_(da, column(gamma))
     del result  # this, and the product in place: less memory
-    return None, da.mul_(xhat).sum((2, 3)).sum(0), dbeta, *dweight
+    return [da.mul_(xhat).sum((2, 3)).sum(0), dbeta, *dweight], None
 
 
 def affine_relu(xhat, gamma, beta):
@@ -710,7 +717,8 @@ def column(v):
 
 def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
     """Whether ``efficient_features`` computes what the network's own modules do: all modules of its blocks and
-    transitions, and its last norm, are as DenseNet made them and in training mode, and nothing hooks or traces them.
+    transitions, and its last norm, are of the kind that DenseNet makes, unchanged and in training mode, and nothing
+    hooks or traces them.
 
     x: the stem's output.
     """
@@ -732,18 +740,21 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
     spatial = [m.conv2 for m in bottlenecks] or [m.conv1 for m in layers]
     modules = [*blocks, *layers, *transitions, *norms, *pointwise, *spatial]
     parameters = [p for m in modules for p in m.parameters(recurse=False)]
-    return (
+    are_unchanged = (
         {type(m) for m in norms} == {nn.BatchNorm2d} and {type(m) for m in (*pointwise, *spatial)} == {nn.Conv2d}
-        and all(m.training and vars(m).keys().isdisjoint(class_attributes(type(m))) for m in modules)
+        and all(m.training and vars(m).keys().isdisjoint(OVERRIDES) for m in modules)
         and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
                     for m in modules)
+        and len({m.dropRate for m in (*layers, *transitions)}) == 1 and 0 <= layers[0].dropRate < 1)
+    return (
+        are_unchanged
         and all(type(m.weight) is type(m.bias) is nn.Parameter and m.track_running_stats and m.running_mean is not None
                 and m.num_batches_tracked is not None and m.momentum is not None
                 and (m.momentum, m.eps) == (last.momentum, last.eps) for m in norms)
         and all(type(m.weight) is nn.Parameter and m.bias is None and m.stride == m.dilation == (1, 1) and m.groups == 1
                 and m.kernel_size == (size, size) and m.padding == (size // 2, size // 2) and m.padding_mode == "zeros"
                 for convs, size in ((pointwise, 1), (spatial, 3)) for m in convs)
-        and len({m.dropRate for m in (*layers, *transitions)}) == 1 and 0 <= layers[0].dropRate < 1
+        # one device; float32 or float64, or by autocast its dtype
         and all(p.device == x.device and p.dtype == last.weight.dtype for p in parameters)
         and last.weight.dtype in (torch.float32, torch.float64)
         and x.dtype in (last.weight.dtype, activation_dtype(x, last.weight))
@@ -751,10 +762,7 @@ def block_is_exact(net: DenseNet, x: torch.Tensor) -> bool:
         and len(x) * (x.shape[2] // scale) * (x.shape[3] // scale) > 1)
 
 
-@cache
-def class_attributes(kind: type) -> frozenset[str]:
-    """-> the names of a class's attributes: an instance with its own ``forward``, say, was changed or compiled"""
-    return frozenset(dir(kind))
+OVERRIDES = ("forward", "_conv_forward", "_compiled_call_impl")  # what an instance may have instead of its class
 
 
 def activation_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     net.check_input(images["train"].pixels[:1])
     if not saved:
         about_images |= load_initial_weights(net, args, world)
-    net.efficient = choose_efficient(args, device, saved)
+    net.efficient = choose_efficient(args, device, world, saved)
     if args.syncBN and world.size > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device)
@@ -189,6 +189,7 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
                 for i, (loss, _) in enumerate(values, done + 1):  # before any of these steps is written
                     check_finite(f"loss of step {i}", loss, epoch)
                 if world.rank == 0:
+                    # the fraction of an epoch at which the step began
                     run.add("train.csv", [(epoch - 1 + i / n, *v) for i, v in enumerate(values, done)])
                 bar.set_postfix(loss=f"{values[-1][0]:.3f}", error=f"{values[-1][1]:.1f}%", refresh=False)
                 total += np.array(sizes) @ np.array(values)  # means times batch sizes: sums over images
@@ -324,13 +325,14 @@ def load_initial_weights(net: densenet.DenseNet, args: argparse.Namespace, world
     return {name: found[name] for name in ("mean", "std") if name in found}
 
 
-def choose_efficient(args: argparse.Namespace, device: torch.device, saved: dict[str, Any] | None) -> bool | str:
+def choose_efficient(args: argparse.Namespace, device: torch.device, world: World,
+                     saved: dict[str, Any] | None) -> bool | str:
     """-> DenseNet's argument ``efficient``; a resumed run keeps its own"""
     if saved and "efficient" in saved:
         return saved["efficient"]
     if saved and "path" in saved:  # of version 1.1, which names the path of the block
         return {"textbook": False, "max": "max", "compiled max": "max"}.get(saved["path"], True)
-    if args.syncBN or device.type not in ("cpu", "cuda"):
+    if (args.syncBN and world.size > 1) or device.type not in ("cpu", "cuda"):
         return False  # the block would not run
     fits_best = device.type == "cpu" and args.precision == "fp32"  # measured: the textbook layers are faster elsewhere
     return {"auto": fits_best, "yes": True, "no": False, "max": "max"}[args.efficient]

@@ -9,10 +9,6 @@ from lib.cli import Failure, first_line, warn
 from lib.device import is_out_of_memory
 
 
-class CaptureFailed(Failure):
-    """The step could not be captured. A failed capture cannot be undone, so this process cannot go on."""
-
-
 class GraphedStep:
     """A training step whose thousands of kernels are replayed as one CUDA graph, at the cost of one launch.
 
@@ -44,7 +40,7 @@ class GraphedStep:
         """Captures the step with the present learning rate. If the warm-up fails, steps run eagerly from then on.
 
         Raises:
-            CaptureFailed: if the capture itself fails.
+            Failure: if the capture itself fails, which cannot be undone.
         """
         self.images, self.labels, self.graph = images.clone(), labels.clone(), None
         self.rate = self.optimizer.param_groups[0]["lr"]
@@ -67,8 +63,8 @@ class GraphedStep:
                 error = error.__context__
             if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
                 raise error from None
-            raise CaptureFailed(f"the training step cannot be captured as a CUDA graph ({first_line(error)}); start "
-                                "again with --no-graph") from error
+            raise Failure(f"the training step cannot be captured as a CUDA graph ({first_line(error)}); start again "
+                          "with --no-graph") from error
 
     def step(self) -> None:
         self.result = self.eager(self.images, self.labels, self.batch_size)  # the one rank has the whole batch

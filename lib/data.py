@@ -22,8 +22,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from lib.cli import first_line, warn
+from lib.flags import DATASETS
 
-DATASETS = ("cifar10", "cifar100", "svhn", "folder")
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BINARY_FOLDER = "cifar-10-batches-bin"
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: label and pixels
