@@ -437,7 +437,7 @@ class BlockSpec(NamedTuple):
     bottleneck: bool
     eps: float
     dropRate: float
-    pool: tuple[int, int]
+    pool: tuple[int, int]  # the average pooling's window: (1, 1) is none, (H, W) the global mean
     recompute: bool  # the backward pass repeats the bottleneck's 1x1 convolution: its output is not kept
     dtype: torch.dtype  # of activations; statistics and gradients of parameters have the parameters' dtype
 
@@ -474,24 +474,24 @@ class EfficientBlock(torch.autograd.Function):
         a_l    = relu(gamma_l xhat[:C_l] + beta_l)  recomputed when needed, never kept
         h_l    = W_l a_l                            the layer's first convolution
 
-    and backward, from the last layer to the first, where G is the gradient of xhat, the sum over all layers that read
-    xhat. When it is a layer's turn, all readers of its k channels have added to their G, and dx is complete:
+    and backward, from the norm after the block to the first layer, where G is the gradient of xhat, the sum over all
+    these readers. When it is a layer's turn, all readers of its k channels have added to their G, and dx is complete:
 
         da_l     = W_l^T dh_l, zero where a_l is zero
         dbeta_l  = sum(da_l),  dgamma_l = sum(da_l xhat)
         G[:C_l] += gamma_l da_l
         dx_c     = rstd_c (G_c - mean(G_c) - xhat_c mean(G_c xhat_c))   once per channel
 
-    The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over l of gamma_l dbeta_l and of
-    gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. Kept for the backward pass are
-    the parameters, xhat, rstd and a ``Kept`` for each layer.
+    The two means need no pass over G: sum(G_c) and sum(G_c xhat_c) are the sums over its readers of gamma_l dbeta_l and
+    of gamma_l dgamma_l. A bottleneck's second batch norm is the same with a single reader. The parameters, xhat, rstd
+    and a ``Kept`` for each layer are kept for the backward pass.
 
     Schlüter shared xhat before, with a scale and shift per layer (Lasagne/Recipes, densenet_fast.py, 2016); Jung et
     al. split and fused batch norm on a CPU (arXiv 1807.01702). New are the exact backward pass in memory linear in
     depth without recomputed convolutions, and correct running statistics.
 
     Tensors are channels_last, where the first C_l channels are a strided matrix that needs no copy. What is kept and G
-    are whole tensors; everything else is a list of tiles of a few images, which fit a CPU's cache.
+    are whole tensors; everything else is a list of tiles of a few images, whose temporary tensors are small.
     """
 
     @staticmethod
@@ -670,7 +670,7 @@ def tile_backward(dout, xhat, G, gamma, beta, reader):
     """As relu_then_backward."""
     result, *dweight = read_backward(reader, dout, affine_relu(xhat, gamma, beta))
     # sums over tiles have the parameters' dtype: bfloat16 would round each addition
-    da, dweight = result.to(gamma.dtype), [d.to(gamma.dtype) for d in dweight]
+    da, dweight = result.to(gamma.dtype), [d.to(gamma.dtype) for d in dweight]  # da is the result if it has it already
     dbeta = da.sum((2, 3)).sum(0)  # in two steps: over all three is slow on a CPU
     if G is None:
         return [(da * xhat).sum((2, 3)).sum(0), dbeta, *dweight], result
