@@ -121,6 +121,7 @@ def test_the_axes_are_logarithmic_with_round_numbers_at_the_ticks(tmp_path):
     assert axes.get_yscale() == "log" and y_ticks(axes) == ["1%", "2%", "5%", "10%", "20%", "50%"]
     write_test_csv(tmp_path, "1,0.36,11.9", "2,0.341,11.1")
     assert y_ticks(drawn(tmp_path)) == ["11%", "11.2%", "11.4%", "11.6%", "11.8%", "12%"]
+    assert y_ticks(drawn(write_test_csv(tmp_path, "1,2,90", "2,1,13"))) == ["20%", "40%", "60%", "80%"]
     write_test_csv(tmp_path, "1,2.3,90", "2,1e30,90")
     assert 3 <= len(y_ticks(drawn(tmp_path, column="loss"))) <= 15
     axes = drawn(write_test_csv(tmp_path, "1,2.4,97", "2,1.2,9"))
