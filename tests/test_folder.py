@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as vision
-from PIL import EpsImagePlugin, Image
-from test_data import SAMPLE, load_error
+from common import SAMPLE
+from PIL import Image
+from test_data import load_error
 
 from lib import data
 
@@ -91,7 +92,6 @@ def test_classes_are_selected_before_anything_is_decoded(root):
         assert images.files == expected.files and images.classes == ["dog", "cat"]
     assert f"{root}/test/ape has no picture" in load_error("folder", root, classes=["cat", "ape"])
     assert "class cow is unknown or has no image; valid are ape, cat, d" in load_error("folder", root, classes=["cow"])
-    assert "class cat is named twice" in load_error("folder", root, classes=["cat", "cat"])
 
 
 def test_val_is_read_where_test_has_no_classes(root, photographs):
@@ -105,26 +105,17 @@ def test_val_is_read_where_test_has_no_classes(root, photographs):
         assert test.pixels.equal(expected.pixels) and test.files == ["val/cat/3.jpeg", "val/dog/3.jpeg"]
     shutil.rmtree(root / "test")
     write_folder(root, photographs)  # has both: test is read
-    assert data.load("folder", root)[1].files == ["test/cat/3.jpeg", "test/dog/3.jpeg"]
-
-
-def test_the_test_images_alone_need_no_training_images(root):
-    _, expected = data.load("folder", root)
     shutil.rmtree(root / "train")
-    [test] = data.load("folder", root, ["test"])
-    assert test.pixels.equal(expected.pixels) and test.labels.equal(expected.labels)
-    assert test.classes == expected.classes
+    [test] = data.load("folder", root, ["test"])  # needs no training images
+    assert test.files == ["test/cat/3.jpeg", "test/dog/3.jpeg"] and test.labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda root: (root / "train").rename(root / "training"), "d/train has 0 class folders; valid are two or more"),
-    (lambda root: (root / "test").rename(root / "testing"), "d/test need the same classes; in only one: cat, dog"),
+    (shutil.rmtree, "d/train has 0 class folders; valid are two or more"),
     (lambda root: shutil.rmtree(root / "train/dog"), "d/train has 1 class folders; valid are two or more"),
     (lambda root: shutil.rmtree(root / "test/cat"), "d/test need the same classes; in only one: cat"),
     (lambda root: (root / "test/cow").mkdir(), "d/test need the same classes; in only one: cow"),
-    (lambda root: (root / "test/dog/3.jpeg").rename(root / "test/dog/3.txt"), "d/test/dog has no picture; valid end"),
-    (shutil.rmtree, "d/train has 0 class folders"),
-])
+    (lambda root: (root / "test/dog/3.jpeg").rename(root / "test/dog/3.txt"), "d/test/dog has no picture; valid end")])
 def test_a_folder_that_is_not_a_data_set_is_named(root, change, said):
     change(root)
     assert said in load_error("folder", root)
@@ -142,12 +133,7 @@ def test_a_folder_beyond_the_machines_memory_is_refused_before_decoding(root, mo
 
 # --- pictures ---------------------------------------------------------------------------------------------------
 
-def test_pictures_of_the_right_size_are_not_changed(root, photographs):
-    train, _ = data.load("folder", root)
-    assert np.array_equal(train.pixels[0].permute(1, 2, 0).numpy(), np.asarray(photographs["cat"][0]))
-
-
-@pytest.mark.parametrize("file", ["train/dog/1.JPG", "train/dog/2.png", "test/dog/3.jpeg"])
+@pytest.mark.parametrize("file", ["train/dog/1.JPG", "train/dog/2.png"])  # broad, tall
 def test_pictures_are_resized_and_cropped_to_the_middle_as_by_torchvision(root, file):
     want = vision.pil_to_tensor(vision.center_crop(vision.resize(Image.open(root / file), 20), 20))
     inner = (slice(None), slice(2, -2), slice(2, -2))  # torchvision resizes before it crops: pixels at the edge differ
@@ -165,90 +151,65 @@ def test_a_folder_of_only_grayscale_pictures_has_one_channel(tmp_path, photograp
 
 def test_every_kind_of_picture_is_read(tmp_path, photographs):
     image = photographs["cat"][0]
-    want, gray = np.asarray(image).transpose(2, 0, 1), np.asarray(image.convert("L"))[None]
-    for name, picture in {"b.bmp": image, "t.tiff": image, "w.webp": image, "p.ppm": image,
-                          "alpha.png": image.convert("RGBA")}.items():
+    gray, palette = image.convert("L"), image.quantize(256)
+    for name, picture, expected in (
+            ("b.bmp", image, image), ("t.tiff", image, image), ("w.webp", image, image), ("p.ppm", image, image),
+            ("alpha.png", image.convert("RGBA"), image), ("palette.png", palette, palette.convert("RGB")),
+            ("g.pgm", gray, gray), ("gray-alpha.png", image.convert("LA"), gray)):
         picture.save(tmp_path / name, lossless=True)  # which only WebP knows
-        assert np.array_equal(pixels(tmp_path / name).numpy(), want), name
-    for name, picture in {"g.pgm": image.convert("L"), "la.png": image.convert("LA")}.items():
-        picture.save(tmp_path / name)
-        assert np.array_equal(pixels(tmp_path / name).numpy(), gray), name
-    image.convert("1").save(tmp_path / "1.png")
-    assert pixels(tmp_path / "1.png").unique().tolist() == [0, 255]
-    for name, picture in {"p.png": image.quantize(256), "cmyk.jpg": image.convert("CMYK"), "rgb.jpg": image}.items():
-        picture.save(tmp_path / name)
-        got = pixels(tmp_path / name).numpy()
-        assert got.shape == want.shape and np.abs(got.astype(int) - want).mean() < 12, name
+        assert pixels(tmp_path / name).equal(vision.pil_to_tensor(expected)), name
 
 
-@pytest.mark.parametrize("name", ["0.jpg", "0.png", "0.webp"])
-def test_pictures_are_turned_by_their_exif_orientation(tmp_path, photographs, name):
+def test_pictures_are_turned_by_their_exif_orientation(tmp_path, photographs):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    photographs["cat"][0].save(tmp_path / name)
-    upright = np.asarray(Image.open(tmp_path / name))
-    photographs["cat"][0].save(tmp_path / name, exif=exif)
-    assert np.array_equal(pixels(tmp_path / name).permute(1, 2, 0).numpy(), np.rot90(upright, -1))
+    photographs["cat"][0].save(tmp_path / "0.png", exif=exif)
+    upright = np.rot90(photographs["cat"][0], -1)
+    assert np.array_equal(pixels(tmp_path / "0.png").permute(1, 2, 0).numpy(), upright)
 
 
-@pytest.mark.parametrize("exif", [
-    b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+@pytest.mark.parametrize("exif", [  # for these Pillow raises an error or a warning
+    b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0II*\0\xff\xff\xff\xff"])
 def test_a_broken_exif_block_is_ignored(root, photographs, exif, capsys, recwarn):
-    loaded = []
-    for block in (b"", exif):
-        for name in ("0.png", "1.JPG"):
-            photographs["cat"][0].save(root / "train/cat" / name, exif=block)
-        loaded.append(data.load("folder", root)[0].pixels)
-    assert loaded[0].equal(loaded[1]) and capsys.readouterr().err == "" and not recwarn.list
+    expected = data.load("folder", root)[0].pixels
+    photographs["cat"][0].save(root / "train/cat/0.png", exif=exif)
+    assert data.load("folder", root)[0].pixels.equal(expected) and capsys.readouterr().err == "" and not recwarn.list
+
+
+def change_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"),
-    lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: (path.unlink(), path.symlink_to("nothing"))],
-    ids=["empty", "head", "half", "link"])
-@pytest.mark.parametrize("name", ["train/dog/1.JPG", "test/cat/3.jpeg", "train/cat/0.png"])
-def test_a_picture_that_cannot_be_read_is_named(root, name, damage):
-    damage(root / name)
-    assert f"1 of 8 pictures in {root} cannot be read: {name} (" in load_error("folder", root)
+    lambda path: path.write_bytes(b""), lambda path: os.truncate(path, path.stat().st_size // 2), change_a_bit,
+    lambda path: (path.unlink(), path.symlink_to("nothing"))], ids=["empty", "half", "bit", "link"])
+def test_a_picture_that_cannot_be_read_is_named(root, damage):
+    damage(root / "train/cat/0.png")
+    assert f"1 of 8 pictures in {root} cannot be read: train/cat/0.png (" in load_error("folder", root)
 
 
-def test_a_picture_with_a_damaged_part_is_not_taken_for_whole(root):
-    content = bytearray((root / "train/cat/0.png").read_bytes())
-    content[len(content) // 2] ^= 1
-    (root / "train/cat/0.png").write_bytes(content)
-    assert "cannot be read: train/cat/0.png (" in load_error("folder", root)
-
-
-@pytest.mark.parametrize("n", [20, 30])
-def test_the_first_20_pictures_that_cannot_be_read_are_named_of_both_parts(root, n):
-    broken = [root / f"{'train' if i < 10 else 'test'}/dog/x{i:02}.png" for i in range(n)]
-    for path in broken:
-        path.write_text("no picture")
-    message = load_error("folder", root)
+def test_the_first_20_pictures_that_cannot_be_read_are_named_of_both_parts_and_all_are_counted(root):
+    for i in range(30):
+        (root / f"{'train' if i < 10 else 'test'}/dog/x{i:02}.png").write_text("no picture")
     named = ", ".join(f"{'train' if i < 10 else 'test'}/dog/x{i:02}.png (not JPEG, PNG, WEBP, BMP, TIFF or PPM)"
                       for i in range(20))
-    assert message == f"{n} of {n + 8} pictures in {root} cannot be read: {named}" + ", ... (30 in all)" * (n > 20)
+    assert load_error("folder", root) == f"30 of 38 pictures in {root} cannot be read: {named}, ... (30 in all)"
 
 
-@pytest.mark.parametrize(("kind", "file", "mode"), [
-    (np.float32, "0.tif", "F"), (np.int32, "0.tif", "I"), (np.uint16, "0.tif", "I;16"), (np.uint16, "0.png", "I;16")])
+@pytest.mark.parametrize(("kind", "file", "mode"), [(np.float32, "0.tif", "F"), (np.uint16, "0.png", "I;16")])
 def test_pictures_of_more_than_8_bits_are_refused_by_their_mode(root, kind, file, mode):
     Image.fromarray(np.arange(1024).reshape(32, 32).astype(kind)).save(root / "train/cat" / file)
     said = f"train/cat/{file} (mode {mode}; valid are pictures of 8 bits a channel)"
     assert said in load_error("folder", root)
 
 
-@pytest.mark.parametrize("size", ["20000 10000", "12000 10000"])  # Pillow's limit for an error, and for a warning
-def test_a_picture_beyond_pillows_limit_is_refused(root, size):
-    (root / "train/cat/x.ppm").write_text(f"P6 {size} 255\n")
+def test_pictures_above_89478485_pixels_are_refused(root):
+    (root / "train/cat/x.ppm").write_text("P6 9460 9459 255\n")  # 89,482,140
     assert "train/cat/x.ppm (Image size" in load_error("folder", root)
 
 
-def test_postscript_does_not_start_ghostscript(root, tmp_path, monkeypatch):
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexit 1\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow then searches PATH
+def test_postscript_is_no_picture_as_pillow_would_start_ghostscript(root):
     (root / "train/cat/0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
     assert "train/cat/0.png (not JPEG, PNG" in load_error("folder", root)
-    assert not (tmp_path / "started").exists()

@@ -26,16 +26,16 @@ FIGURES = sorted(plot.FIGURES)
 refused = partial(common.refused, plot.main)
 
 
-def write_run(path, n_epochs=3, batches=20, header=HEADER, val=False):
+def write_run(path, n_epochs=3, batches=20, val=False):
     """Writes the CSVs of a run whose error halves every epoch."""
     path.mkdir(parents=True, exist_ok=True)
     epochs = np.arange(n_epochs * batches) / batches
     errors = 60 * 0.5**epochs * np.random.default_rng(0).uniform(0.8, 1.2, len(epochs))
     rows = [f"{epoch},{error / 50 + 0.01},{error}\n" for epoch, error in zip(epochs, errors, strict=True)]
-    (path / "train.csv").write_text(header + "".join(rows))
+    (path / "train.csv").write_text(HEADER + "".join(rows))
     rows = [f"{epoch},{1.5 * 0.5**epoch},{70 * 0.5**epoch}\n" for epoch in range(1, n_epochs + 1)]
     for name in ["test.csv"] + ["val.csv"] * val:
-        (path / name).write_text(header + "".join(rows))
+        (path / name).write_text(HEADER + "".join(rows))
     return path
 
 
@@ -63,28 +63,19 @@ def y_ticks(axes):
     return [tick.get_text() for tick in axes.get_yticklabels()]
 
 
-def assert_shows_curves(path, width):
-    image = imread(path)[..., :3]
-    assert image.shape[1] == width
-    assert 0.01 < (image < 0.9).any(axis=2).mean() < 0.3  # neither blank nor filled
-    blue = np.abs(image - np.array([0, 0x72, 0xB2]) / 255).max(axis=2) < 0.02
-    assert blue.sum() > 200  # the test curve
-
-
 # --- the script -------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["nonsense", "svg"])
-def test_the_file_alone_draws_a_run_whatever_the_backend_and_the_encoding(tmp_path, backend):
+def test_the_file_alone_draws_a_run_whatever_the_backend_and_the_encoding(tmp_path):
     run = write_run(tmp_path / "caf\xe9")
     script = shutil.copy(plot.__file__, tmp_path / "plot.py")
     done = subprocess.run([sys.executable, script, "caf\xe9"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"MPLBACKEND": backend, "PYTHONIOENCODING": "ascii"}, umask=0o027)
+                          env=os.environ | {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"}, umask=0o027)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [rf"caf\xe9/{name}" for name in plot.FIGURES]
     assert names(tmp_path) == ["caf\xe9", "plot.py"] and names(run) == sorted([*FIGURES, "test.csv", "train.csv"])
     for name, width in (("loss.png", 900), ("error.png", 900), ("loss-error.png", 1800)):
-        assert_shows_curves(run / name, width)
+        assert imread(run / name).shape[1] == width
         assert stat.S_IMODE((run / name).stat().st_mode) == 0o640  # by the umask, as of any new file
 
 
@@ -92,7 +83,7 @@ def test_the_script_is_executable():
     assert os.access(plot.__file__, os.X_OK)
 
 
-def test_a_figure_that_cannot_be_written_keeps_the_old_one(tmp_path, capsys):
+def test_a_figure_replaces_an_old_one_as_a_whole_or_not_at_all(tmp_path, capsys):
     run = write_run(tmp_path)
     (run / "loss.png").write_bytes(b"old")
     before = names(run)
@@ -100,15 +91,6 @@ def test_a_figure_that_cannot_be_written_keeps_the_old_one(tmp_path, capsys):
         assert plot.main([str(run)]) == 1
     assert capsys.readouterr() == ("", f"plot.py: error: {run / 'loss.png'}: cannot be written (File too large)\n")
     assert (run / "loss.png").read_bytes() == b"old" and names(run) == before
-
-
-def test_an_old_figure_is_not_overwritten_in_place(tmp_path):
-    run = write_run(tmp_path / "run")
-    (run / "loss.png").write_bytes(b"old")
-    os.link(run / "loss.png", tmp_path / "second link.png")  # shows what happens to the old file's content
-    assert plot.main([str(run)]) == 0
-    assert (tmp_path / "second link.png").read_bytes() == b"old"
-    assert_shows_curves(run / "loss.png", 900)
 
 
 def test_figures_of_several_runs_go_into_the_current_directory(tmp_path, monkeypatch, capsys):
@@ -127,39 +109,27 @@ def test_out_is_a_directory_or_the_file_of_the_figure_with_both_panels(tmp_path)
         assert plot.main([str(run), "--out", str(tmp_path / out)]) == 0
     assert names(tmp_path / "new") == ["both.png", "both.svg", "figures"]
     assert names(tmp_path / "new" / "figures") == FIGURES
-    assert_shows_curves(tmp_path / "new/both.png", 1800)
+    assert imread(tmp_path / "new/both.png").shape[1] == 1800
     assert ElementTree.parse(tmp_path / "new/both.svg").getroot().tag.endswith("svg")
     assert names(run) == ["test.csv", "train.csv"]
 
 
 # --- what the figures show --------------------------------------------------------------------------------------
 
-def test_error_axis_is_logarithmic_with_plain_percent(tmp_path):
-    axes = drawn(write_run(tmp_path, n_epochs=6))
-    assert axes.get_yscale() == "log"
-    assert y_ticks(axes) == ["1%", "2%", "5%", "10%", "20%", "50%"]
-
-
-def test_narrow_and_wide_ranges_have_ticks_at_round_numbers(tmp_path):
+def test_the_axes_are_logarithmic_with_round_numbers_at_the_ticks(tmp_path):
+    axes = drawn(write_run(tmp_path / "run", n_epochs=6))
+    assert axes.get_yscale() == "log" and y_ticks(axes) == ["1%", "2%", "5%", "10%", "20%", "50%"]
     write_test_csv(tmp_path, "1,0.36,11.9", "2,0.341,11.1")
     assert y_ticks(drawn(tmp_path)) == ["11%", "11.2%", "11.4%", "11.6%", "11.8%", "12%"]
     assert y_ticks(drawn(write_test_csv(tmp_path, "1,2,90", "2,1,13"))) == ["20%", "40%", "60%", "80%"]
     write_test_csv(tmp_path, "1,2.3,90", "2,1e30,90")
     assert 3 <= len(y_ticks(drawn(tmp_path, column="loss"))) <= 15
-
-
-def test_limits_are_close_to_the_curves(tmp_path):
-    axes = drawn(write_test_csv(tmp_path, "1,2.4,90", "2,1.2,45"))
-    lines = np.log([45, 90])
-    bottom, top = np.log(axes.get_ylim())
-    assert bottom < lines[0] and lines[1] < top and (lines[1] - lines[0]) / (top - bottom) > 0.9
-    assert axes.get_xlim() == (1, 2)
-    assert drawn(write_test_csv(tmp_path, "1,2.4,97", "2,1.2,9")).get_ylim()[1] == 100
+    axes = drawn(write_test_csv(tmp_path, "1,2.4,97", "2,1.2,9"))
+    assert 8 < axes.get_ylim()[0] < 9 and axes.get_ylim()[1] == 100
 
 
 @pytest.mark.parametrize(("batches", "ticks"), [
-    (400, np.arange(9) / 20), (1000, [0, 1]), (2400, [0, 1, 2]), (22_000, [0, 5, 10, 15, 22]),
-    (24_000, [0, 5, 10, 15, 20, 24])])
+    (400, np.arange(9) / 20), (2400, [0, 1, 2]), (22_000, [0, 5, 10, 15, 22])])
 def test_epochs_fill_the_axis_and_the_last_whole_one_has_a_tick(tmp_path, batches, ticks):
     rows = (f"{batch / 1000},2.3,90\n" for batch in range(batches + 1))
     (tmp_path / "train.csv").write_text("".join(rows))
@@ -176,12 +146,8 @@ def test_legend_gives_final_and_best(tmp_path):
 
 def test_zero_is_drawn_on_a_linear_part_at_the_bottom(tmp_path):
     axes = drawn(write_test_csv(tmp_path, "1,2,40", "2,1,10", "3,0,0"))
-    points = axes.transData.transform([(1, 0), (1, 10), (1, 20), (1, 40)])
-    heights = axes.transAxes.inverted().transform(points)[:, 1]
-    assert 0 < heights[0] < 0.05 < heights[1] and heights[3] < 1
-    assert heights[2] - heights[1] == pytest.approx(heights[3] - heights[2])
-    assert y_ticks(axes)[0] == "0%" and "20%" in y_ticks(axes)
-    assert y_ticks(drawn(write_test_csv(tmp_path, "1,0,0", "2,0,0")))[0] == "0%"
+    assert axes.get_ylim()[0] < 0 and y_ticks(axes)[0] == "0%" and "20%" in y_ticks(axes)
+    assert y_ticks(drawn(write_test_csv(tmp_path, "1,0,0", "2,0,0")))[0] == "0%"  # nothing is above it
 
 
 def test_validation_is_dashed(tmp_path):
@@ -237,40 +203,45 @@ def test_labels_tell_the_runs_apart_and_are_short_and_plain(tmp_path):
     assert plot.main([run, run, "--out", str(tmp_path), "--labels", r"$\oops$", "a\nb"]) == 0
 
 
+def test_mean_is_over_the_epochs_worth_of_rows_that_ends_at_the_row():
+    epochs = [epoch + batch / 100 - 1 for epoch in range(1, 5) for batch in range(100)]  # the ancestor's sum
+    frame = pd.DataFrame({"epoch": epochs, "loss": np.random.default_rng(1).random(400), "error": 0.0})
+    mean = plot.rolling_epoch_mean(frame)
+    for row in (0, 1, 50, 99, 100, 217, 349):
+        expected = frame["loss"].to_numpy()[max(0, row - 99) : row + 1].mean()
+        assert mean["loss"][row] == pytest.approx(expected, rel=1e-12)
+    assert mean["epoch"].tolist() == epochs and (mean["error"] == 0).all()
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("header", [HEADER, "", HEADER.replace("\n", "\r\n")])
-@pytest.mark.parametrize("last", ["", "1", "1.5,0.", "1.5,-inf,", "1.5,nan,4", "1.5,0.3,4e"])
-def test_reads_complete_lines_with_and_without_header(tmp_path, header, last):
+@pytest.mark.parametrize(("header", "last"), [
+    (HEADER, ""), ("", "1.5,0."), (HEADER.replace("\n", "\r\n"), "1.5,nan,4")])
+def test_a_file_that_still_grows_is_read_up_to_its_last_whole_line(tmp_path, header, last):
     (tmp_path / "a.csv").write_text(f"{header}0,2,90\n  \n1,1e-3,80\n2,nan,NaN\n3,inf,0\n{last}", newline="")
     frame = plot.read_csv(tmp_path / "a.csv")
     assert list(frame.columns) == ["epoch", "loss", "error"]
     np.testing.assert_array_equal(frame, [[0, 2, 90], [1, 1e-3, 80], [2, np.nan, np.nan], [3, np.inf, 0]])
 
 
-@pytest.mark.parametrize("text", ["", HEADER, "epoch,lo", HEADER + "1,2,3", "1,2,3"])
-def test_a_file_without_a_complete_row_has_no_rows(tmp_path, capsys, text):
+@pytest.mark.parametrize("text", [HEADER, "epoch,lo", "1,2,3"])
+def test_a_run_without_a_complete_row_is_refused(tmp_path, capsys, text):
     (tmp_path / "test.csv").write_text(text)
     assert f"{tmp_path}: no rows yet in test.csv" in refused(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("header", [HEADER, ""])
-@pytest.mark.parametrize("bad", ["x,1,2", "1,2", "1,2,3,4", "1,,3", "1,2,3%", "nan,1,2", "-1,1,2", "1e20,1,2",
-                                 "epoch,loss,error", "1,2,3 4", "\0\0\0", "\x1b[31m"])
-def test_a_bad_line_is_refused_by_file_and_number(tmp_path, capsys, header, bad):
+@pytest.mark.parametrize("bad", ["x,1,2", "1,2", "1,2,3,4", "-1,1,2", "1e20,1,2", "\x1b[31m"])
+def test_a_bad_line_is_refused_by_file_and_number(tmp_path, capsys, bad):
     run = write_run(tmp_path)
-    rows = "1,2,90\n2,2,80\n"
     for end in ("\n3,2,70\n4,5\n", "\n"):  # a later short row must not even out the commas
-        (run / "test.csv").write_text(header + rows + bad + end)
-        assert f"{run / 'test.csv'}, line {4 if header else 3}: {plot.printable(repr(bad))}" in refused(capsys, run)
-    write_test_csv(run, "1,2,3,4", "2,3,4,5")
-    assert f"{run / 'test.csv'}, line 1: '1,2,3,4'" in refused(capsys, run)
+        (run / "test.csv").write_text(f"{HEADER}1,2,90\n2,2,80\n{bad}{end}")
+        assert f"{run / 'test.csv'}, line 4: {plot.printable(repr(bad))}" in refused(capsys, run)
     assert names(run) == ["test.csv", "train.csv"]
 
 
 @pytest.mark.parametrize("content", [
-    b"epoch,loss,error\r0,2.3,90\r0.5,2.2,80\r", b"0,2.3,90\r0.5,2.2,80\r", gzip.compress(b"0,2.3,90\n", mtime=0),
-    "0,2.3,90\n".encode("utf-16"), b"a note"])
+    b"epoch,loss,error\r0,2.3,90\r0.5,2.2,80\r", gzip.compress(b"0,2.3,90\n", mtime=0), b"a note",
+    b"1,2,3,4\n2,3,4,5\n"])
 def test_a_csv_of_another_kind_is_refused_and_not_left_out(tmp_path, capsys, content):
     run = write_run(tmp_path)
     (run / "train.csv").write_bytes(content)
@@ -297,23 +268,3 @@ def test_an_out_that_cannot_be_written_is_refused_before_drawing(tmp_path, capsy
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert f"{run}: no permission to write there" in refused(capsys, run)
     assert file.read_text() == "kept" and names(run) == ["test.csv", "train.csv"]
-
-
-# --- the mean over an epoch -------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("n_rows", [1, 7, 100, 350])
-def test_mean_is_over_the_epochs_worth_of_rows_that_ends_at_the_row(n_rows):
-    epochs = [epoch + batch / 100 - 1 for epoch in range(1, 5) for batch in range(100)][:n_rows]  # the ancestor's sum
-    frame = pd.DataFrame({"epoch": epochs, "loss": np.random.default_rng(1).random(n_rows), "error": 0.0})
-    mean = plot.rolling_epoch_mean(frame)
-    for row in {row for row in (0, 1, 50, 99, 100, 217, 349) if row < n_rows}:
-        expected = frame["loss"].to_numpy()[max(0, row - 99) : row + 1].mean()
-        assert mean["loss"][row] == pytest.approx(expected, rel=1e-12)
-    assert mean["epoch"].tolist() == epochs and (mean["error"] == 0).all()
-
-
-def test_mean_skips_values_that_are_not_finite():
-    frame = pd.DataFrame({"epoch": np.arange(40) / 10, "loss": np.arange(40.0), "error": 50.0})
-    frame.loc[[12, 13], "loss"] = [np.nan, np.inf]
-    mean = plot.rolling_epoch_mean(frame)["loss"]
-    assert mean[15] == pytest.approx(np.mean([6, 7, 8, 9, 10, 11, 14, 15])) and mean[30] == 25.5
