@@ -79,6 +79,8 @@ def test_modules_shows_each_layer_with_its_channels(tmp_path, no_dot):
         assert sorted(source for source, target in edges if target == joint) == sorted([source, name])
         size = {"dense1": 32, "dense2": 16, "dense3": 8}[name.partition(".")[0]]
         assert shape(nodes[joint]) == [layer.bn1.num_features + 4, size, size]
+    assert {("image", "conv1"), ("dense1.2 cat", "trans1"), ("dense2.2 cat", "trans2"), ("dense3.2 cat", "bn1"),
+            ("bn1", "Relu, Mean"), ("Relu, Mean", "fc"), ("fc", "LogSoftmax")} <= {*edges}
     assert shape(nodes["image"]) == [3, 32, 32] and shape(nodes["trans1"]) == [net.trans1.conv1.out_channels, 16, 16]
     assert shape(nodes["Relu, Mean"]) == [net.fc.in_features] and shape(nodes["LogSoftmax"]) == [10]
 
@@ -112,6 +114,12 @@ def test_block_shows_in_colour_an_arc_for_every_connection_and_the_right_numbers
     assert all((side == 1).all() for side in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))  # nothing is cut off
     for colour in make_graph.COLOURS[:4]:
         assert (np.abs(pixels - make_graph.to_rgb(colour)).max(2) < 0.01).sum() > 500, colour
+
+
+def test_no_texts_of_block_overlap_however_large_the_growth_rate():
+    net, _ = make_graph.load(make_graph.parse_args(["--graph", "block", "--layers", "3", "--growthRate", "4096"]))
+    boxes = [text.get_window_extent() for text in make_graph.draw_block(net).axes[0].texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_reuse_shows_the_weights_that_each_source_was_given():
@@ -157,6 +165,7 @@ def test_untrained_draws_the_network_before_its_first_epoch_beside_the_trained_o
         assert capsys.readouterr() == (f"{tmp_path}/{stem}.png\n{tmp_path}/{stem}.svg\n", "")
         drawn, title = make_graph.load(make_graph.parse_args([*common_flags, *flags]))
         assert title == f"DenseNet-BC, L=10, k=4, 2,586 parameters, {when}"
+        assert f"<!-- {title} -->" in (tmp_path / f"{stem}.svg").read_text()
         assert torch.equal(drawn.dense2[0].conv2.weight, factor * net.dense2[0].conv2.weight)
 
 
