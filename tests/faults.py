@@ -57,17 +57,9 @@ def plant(monkeypatch, fault, n: int | None = None) -> None:
         monkeypatch.setattr(kind, "forward", forward)
 
 
-def leaky_relu(monkeypatch) -> None:
-    replace_function(monkeypatch, relu=F.leaky_relu)
-
-
-def max_pooling(monkeypatch) -> None:
-    replace_function(monkeypatch, avg_pool2d=F.max_pool2d)
-
-
-def replace_function(monkeypatch, **functions) -> None:
-    """Replaces functions of torch.nn.functional in densenet.py alone, not in torchvision."""
-    monkeypatch.setattr(densenet, "F", SimpleNamespace(**vars(F) | functions))
+def replace_function(monkeypatch, name: str, wrong) -> None:
+    """Replaces a function of torch.nn.functional in densenet.py alone, not in torchvision."""
+    monkeypatch.setattr(densenet, "F", SimpleNamespace(**vars(F) | {name: wrong}))
 
 
 def scaled_in_block(monkeypatch, which) -> None:
