@@ -31,6 +31,11 @@ def test_an_epoch_draws_what_version_1_1_drew_from_a_generator_of_its_own():
     assert torch.get_rng_state().equal(before)
 
 
+def test_dropout_has_the_seeds_of_version_1_1():
+    assert dropout_seed(1, 2, 3) == 4611686018432582213
+    assert dropout_seed(2**32 - 1, 300, 0) == 4615980998608338665
+
+
 def test_dropout_has_a_seed_that_no_other_epoch_rank_or_permutation_of_the_run_has():
     """Their low 32 bits, all that torch's CPU generator reads of a seed, differ as well."""
     for seed in (0, 1, 2**32 - 1):
