@@ -6,7 +6,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 
 import pytest
 import torch
-from common import SMALL, differences
+from common import SMALL, checkpoint, differences
+from twin import tensors
 
 import train
 from densenet import DenseNet
@@ -91,6 +92,7 @@ def test_a_run_resumed_in_the_middle_is_the_uninterrupted_run(flags, run, sample
 def test_a_gpus_run_goes_on_with_a_cpu_and_back(opt, sample, tmp_path):
     argv = ["--data", sample, *FLAGS[:-2], "--opt", opt, "--save", str(tmp_path / "run")]
     assert train.main([*argv, "--nEpochs", "1"]) == 0
+    assert {tensor.device.type for tensor in tensors(checkpoint(tmp_path / "run"))} == {"cpu"}
     assert train.main([*argv, "--nEpochs", "2", "--resume", "--no-cuda"]) == 0
     assert train.main([*argv, "--nEpochs", "3", "--resume", "--device", "cuda"]) == 0
     assert train.main(["--evaluate", str(tmp_path / "run")]) == 0

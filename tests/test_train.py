@@ -7,6 +7,7 @@ import shlex
 import shutil
 import stat
 import sys
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import pandas
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from common import (
     EPOCHS,
+    ROOT,
     SAMPLE,
     SMALL,
     checkpoint,
@@ -27,7 +29,6 @@ from common import (
     resume,
     rows,
     run_script,
-    slow,
     stopped_at,
 )
 from PIL import Image
@@ -63,25 +64,20 @@ def on_pictures(pictures):
 # --- schedule ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, first_tenth, first_hundredth", [
-    (1, None, None), (2, 2, None), (3, 3, None), (10, 6, 9), (50, 26, 39), (90, 46, 69), (300, 151, 226)])
+    (1, None, None), (2, 2, None), (3, 3, None), (50, 26, 39), (300, 151, 226)])
 def test_the_step_schedule_drops_at_half_and_three_quarters_of_the_epochs(n, first_tenth, first_hundredth):
     rates = [train.learning_rate("step", 0.1, epoch, n) for epoch in range(1, n + 1)]
     first = {rate: epoch for epoch, rate in reversed([*enumerate(rates, 1)])}
     assert first[0.1] == 1 and first.get(0.1 / 10) == first_tenth and first.get(0.1 / 100) == first_hundredth
-    assert {*rates} <= {0.1, 0.1 / 10, 0.1 / 100}
+    assert rates == sorted(rates, reverse=True) and {*rates} <= {0.1, 0.1 / 10, 0.1 / 100}
+    assert train.learning_rate("step", 0.1, 2 * n, n) == rates[-1]  # added epochs keep the last rate
 
 
 def test_the_cosine_schedule_is_half_a_cosine_and_the_constant_one_constant():
-    rates = [train.learning_rate("cosine", 0.2, epoch, 4) for epoch in (1, 2, 3, 4)]
-    assert rates == pytest.approx([0.2, 0.1 * (1 + math.sqrt(0.5)), 0.1, 0.1 * (1 - math.sqrt(0.5))])
+    rates = [train.learning_rate("cosine", 0.2, epoch, 4) for epoch in (1, 2, 3, 4, 9)]
+    last = 0.1 * (1 - math.sqrt(0.5))
+    assert rates == pytest.approx([0.2, 0.1 * (1 + math.sqrt(0.5)), 0.1, last, last])
     assert {train.learning_rate("constant", 0.2, epoch, 4) for epoch in range(1, 9)} == {0.2}
-
-
-@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
-def test_no_rate_rises_and_added_epochs_keep_the_last_one(schedule):
-    for n in (*range(1, 20), 300):
-        rates = [train.learning_rate(schedule, 0.1, epoch, n) for epoch in range(1, 2 * n + 3)]
-        assert rates == sorted(rates, reverse=True) and {*rates[n:]} == {rates[n - 1]}
 
 
 def test_the_optimizer_steps_with_the_schedules_rates_which_are_printed_with_the_mean_loss(images, tmp_path, capsys):
@@ -106,70 +102,51 @@ def test_the_default_flags_are_the_papers_recipe():
     assert (args.schedule, args.save, args.data) == ("step", "work/cifar10.base", "data")
     assert {train.parse_args(["--opt", opt])[0].schedule for opt in ("adam", "rmsprop")} == {"constant"}
     assert train.parse_args(["--arch", "densenet121", "--dataset", "folder"])[0].imageSize == 224
+    of_svhn, _ = train.parse_args(["--dataset", "svhn"])
+    assert of_svhn.nEpochs == 40 and of_svhn.no_augment  # digits must not be flipped
 
 
 @pytest.mark.parametrize("line, said", [
-    ("--depth 11", "depth is 11; valid with bottleneck is 6n + 4, nearest 10 and 16"),
-    ("--depth 12 --no-bottleneck", "nearest 10 and 13"), ("--depth ten", "'ten'; valid is a whole number from 1"),
-    ("--growthRate 2.5", "'2.5'"), ("--reduction 0", "'0'; valid is above 0 and at most 1"),
-    ("--reduction 0.001", "which leaves none of the 18 channels"), ("--dropRate 1", "'1'; valid is from 0 to below 1"),
-    ("--batchSz 0", "'0'"), ("--batchSz 81", "--batchSz 81 is more than the 80 training images"),
-    ("--nEpochs inf", "'inf'"), ("--opt adagrad", "invalid choice: 'adagrad'"), ("--dataset mnist", "mnist"),
-    ("--lr nan", "'nan'; valid is from 1e-12"), ("--seed 4294967296", "valid is a whole number from 0 to 4294967295"),
-    ("--schedule linear", "invalid choice: 'linear'"), ("--seed", "expected one argument"),
+    ("--depth 11 --data nowhere", "depth is 11; valid with bottleneck is 6n + 4, nearest 10 and 16"),
+    ("--depth ten", "'ten'; valid is a whole number from 1"), ("--lr nan", "'nan'; valid is from 1e-12"),
+    ("--reduction 0", "'0'; valid is above 0 and at most 1"), ("--dropRate 1", "'1'; valid is from 0 to below 1"),
+    ("--reduction 0.001", "which leaves none of the 18 channels"), ("--seed 4294967296", "number from 0 to 4294967295"),
+    ("--opt adagrad", "invalid choice: 'adagrad'"), ("--no-such-flag", "unrecognized arguments"),
+    ("--resum", "unrecognized arguments: --resum"), ("--resume --overwrite", "give one of them"),
     ("--device tpu", "--device 'tpu' does not exist here; valid are cpu"),
     ("--no-cuda --device cuda", "--no-cuda contradicts --device cuda"), ("--data nowhere", "no CIFAR10"),
     ("--border mean --no-augment", "--border mean: images that are not augmented have no border"),
     ("--dataset svhn --border black", "--border black: images that are not augmented"),
     ("--opt adam --no-nesterov", "--no-nesterov with --opt adam; valid only with sgd"),
-    ("--resume --overwrite", "give one of them"), ("--predictions a.csv", "--predictions needs --evaluate"),
+    ("--predictions a.csv", "--predictions needs --evaluate"), ("--init none.pth", "--init none.pth: No such file"),
+    (f"--init {ROOT}/work/cifar10.reference/latest.pth", "latest.pth: conv1.weight has shape (24, 3, 3, 3); valid is"),
     ("--pretrained", "--pretrained needs --arch densenet121|densenet161"),
-    ("--arch densenet121 --init a.pth --pretrained", "and no --init"), ("--arch densenet120", "invalid choice"),
-    ("--imageSize 64", "--imageSize 64: --dataset cifar10 has its own size"), ("--syncBN", "--syncBN needs GPUs"),
-    ("--extra", "--extra: --dataset cifar10 has no extra images"), ("--precision tf32", "tf32 needs a GPU; valid on"),
-    ("--valSize 80", "80 of 80 training images cannot be held out"), ("--classes cat", "fewer than two"),
-    ("--valSize 40", "--batchSz 64 is more than the 40 training images"), ("--classes cat cow", "class cow is unknown"),
-    ("--init none.pth", "--init none.pth: No such file"), ("--no-such-flag", "unrecognized arguments"),
-    ("--resum", "unrecognized arguments: --resum")])
+    ("--arch densenet121 --init a.pth --pretrained", "and no --init"),
+    ("--arch densenet121 --depth 40", "--depth=40 contradicts --arch densenet121; give one of them"),
+    ("--imageSize 64", "--imageSize 64: --dataset cifar10 has its own size; valid with folder"),
+    ("--extra", "--extra: --dataset cifar10 has no extra images; valid with svhn"),
+    ("--no-cuda --syncBN", "--syncBN needs GPUs"), ("--no-cuda --precision tf32", "tf32 needs a GPU; valid on cpu are"),
+    ("--valSize 80", "80 of 80 training images cannot be held out"), ("--classes cat cow", "class cow is unknown"),
+    ("--valSize 40", "--batchSz 64 is more than the 40 training images")])
 def test_wrong_flags_are_one_line_with_the_valid_ones_and_write_nothing(images, tmp_path, monkeypatch, capsys, line,
                                                                         said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
-    small = [] if {"--arch", "--device"} & {*line.split()} else ["--growthRate", "6", "--no-cuda"]
-    argv = ["--data", images, "--depth", "10", *small, *shlex.split(line)]
-    argv = argv if "--arch" not in line else ["--data", images, *shlex.split(line)]
-    assert said.lower() in refused(train.main, capsys, *argv).lower()
+    small = [] if "--arch" in line else ["--depth", "10", "--growthRate", "6"]
+    assert said in refused(train.main, capsys, "--data", images, "--nEpochs", 1, *small, *shlex.split(line))
     assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--arch", "densenet121", "--depth", "40"], "--depth=40 contradicts --arch densenet121; give one of them"),
-    (["--arch", "densenet121", "--no-bottleneck"], "--no-bottleneck contradicts --arch densenet121"),
-    (["--depth", "11"], "depth is 11"), (["--reduction", "0.001"], "which leaves none")])
-def test_impossible_networks_are_refused_before_images_are_read(capsys, monkeypatch, flags, said):
-    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("read the images"))
-    assert said in refused(train.main, capsys, *flags)
-
-
-@pytest.mark.parametrize("more", [["--imageSize", "2", *SMALL], ["--imageSize", "16", "--arch", "densenet121"]])
-def test_images_too_small_for_the_network_are_refused(pictures, tmp_path, capsys, more):
-    argv = ["--dataset", "folder", "--data", pictures, *more, "--batchSz", "6", "--save", tmp_path / "run"]
-    assert "too small for the network's transitions" in refused(train.main, capsys, *argv)
-    assert not (tmp_path / "run").exists()
-
-
-def test_own_pictures_without_dataset_folder_are_one_line_and_nothing_is_downloaded(pictures, tmp_path, capsys,
-                                                                                   monkeypatch):
+    ([], "is a folder of pictures"), (["--dataset", "folder", "--imageSize", "2"], "too small for the network")])
+def test_pictures_without_dataset_folder_or_of_too_few_pixels_are_refused_and_nothing_is_written(
+        pictures, tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(data.CIFAR10, "download", lambda self: pytest.fail("a download"))
     before = contents(pictures)
-    said = refused(train.main, capsys, "--data", pictures, *SMALL, "--save", tmp_path / "run")
-    assert "is a folder of pictures" in said and "--dataset folder" in said and contents(pictures) == before
-
-
-def test_help_names_each_default(capsys):
-    assert train.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("usage: train.py ") and "default: 300; svhn 40" in text
+    argv = [*flags, "--data", pictures, *SMALL, "--batchSz", "6", "--save", tmp_path / "run"]
+    line = refused(train.main, capsys, *argv)
+    assert said in line and (flags or "--dataset folder" in line)
+    assert contents(pictures) == before and not (tmp_path / "run").exists()
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
@@ -199,30 +176,18 @@ def test_the_script_trains_on_the_sample_and_writes_its_files(tmp_path):
     assert about["parameters"] == sum(p.numel() for p in densenet.load(run / "latest.pth").parameters())
 
 
-def test_every_step_has_a_row_even_the_smaller_last_one(whole):
-    """80 images are steps of 32, 32 and 16."""
-    assert [row[0] for row in rows(whole / "train.csv")] == pytest.approx([i / 3 for i in range(3 * EPOCHS)])
-    assert checkpoint(whole)["model"]["bn1.num_batches_tracked"] == 3 * EPOCHS  # +1 in each step
-
-
-def test_a_checkpoint_holds_what_lib_run_lists_and_its_tensors_are_the_cpus(whole):
+def test_a_checkpoint_holds_what_lib_run_lists(whole):
     saved = checkpoint(whole)  # a plain torch.load with weights_only=True
     listed = "\n".join(re.findall(r"^    .*", lib.run.__doc__, re.MULTILINE))
     first = ", ".join(re.findall(r"^    (\w+(?:, \w+)*)  ", listed, re.MULTILINE)).split(", ")
     assert {*first} <= saved.keys() and all(re.search(rf"\b{name}\b", listed) for name in saved)
-    moments = [value for state in saved["optimizer"]["state"].values() for value in state.values()]
-    assert len(moments) > 20 and all(t.device.type == "cpu" for t in [*saved["model"].values(), *moments])
 
 
-@pytest.mark.parametrize("more", [
-    [], slow(["--no-augment", "--dropRate", "0.2"]), slow(["--no-bottleneck", "--opt", "adam", "--deterministic"])],
-    ids=" ".join)
-def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path, more):
-    argv = ["--data", images, *SMALL, "--nEpochs", "1", *more, "--save"]
+def test_a_seed_gives_the_same_run_and_another_a_different_one(images, tmp_path):
+    argv = ["--data", images, *SMALL, "--nEpochs", "1", "--dropRate", "0.2", "--save"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         torch.rand(ord(name))  # earlier draws must not matter
         assert train.main([*argv, str(tmp_path / name), "--seed", seed]) == 0
-    torch.use_deterministic_algorithms(False)
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert "train.csv" in differences(tmp_path / "a", tmp_path / "c")
 
@@ -242,24 +207,8 @@ def test_images_are_augmented_unless_told_otherwise_and_normalised_by_the_traini
     plain, augmented = images_of_an_epoch("--no-augment"), images_of_an_epoch()
     assert plain == {tuple(x.flatten().tolist()) for x in originals.pixels}
     assert len(augmented) == 80 and len(plain & augmented) < 8
+    assert len(augmented & images_of_an_epoch("--border", "mean")) < 16
     assert (checkpoint(tmp_path / "r")["mean"], checkpoint(tmp_path / "r")["std"]) == originals.mean_and_std()
-
-
-def test_svhn_is_never_augmented_and_takes_40_epochs(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda dataset, root, *_, load=data.load, **__: load("cifar10", images))
-    monkeypatch.setattr(Batches, "augmented", lambda *_: pytest.fail("digits were flipped"))
-    args, _ = train.parse_args(["--dataset", "svhn"])
-    assert args.nEpochs == 40 and args.no_augment
-    assert train.main(["--dataset", "svhn", *SMALL, "--nEpochs", "1", "--save", str(tmp_path / "run")]) == 0
-
-
-def test_classes_choose_what_is_trained_and_tested(sample, tmp_path, capsys):
-    argv = ["--data", sample, *SMALL, "--batchSz", "100", "--nEpochs", "1", "--save", str(tmp_path)]
-    assert train.main([*argv, "--classes", "dog", "cat"]) == 0
-    about = json.loads((tmp_path / "run.json").read_text())
-    assert about["classes"] == ["dog", "cat"] and (about["trainImages"], about["testImages"]) == (200, 40)
-    capsys.readouterr()
-    assert "--classes cat dog contradicts" in refused(train.main, capsys, *argv, "--resume", "--classes", "cat", "dog")
 
 
 def test_with_validation_the_test_set_is_used_once_with_the_best_epochs_weights(tmp_path, monkeypatch, capsys):
@@ -270,25 +219,20 @@ def test_with_validation_the_test_set_is_used_once_with_the_best_epochs_weights(
 
     for name in ("plain", "augmented"):
         monkeypatch.setattr(Batches, name, recorded(name, getattr(Batches, name)))
-    argv = ["--data", str(SAMPLE), *SMALL, "--batchSz", "50", "--classes", "cat", "dog", "--valSize", "50"]
+    argv = ["--data", str(SAMPLE), *SMALL, "--batchSz", "50", "--classes", "dog", "cat", "--valSize", "50"]
     assert train.main([*argv, "--lr", "1", "--nEpochs", "3", "--save", str(tmp_path)]) == 0
     assert used == [("augmented", 150), ("plain", 50)] * 3 + [("plain", 40)]
     best = min(rows(tmp_path / "val.csv"), key=lambda row: row[2])
     [(epoch, _, error)] = rows(tmp_path / "test.csv")
     assert epoch == best[0] == checkpoint(tmp_path, "best.pth")["epoch"]
-    net, [test] = densenet.load(tmp_path / "best.pth"), data.load("cifar10", SAMPLE, ["test"], classes=["cat", "dog"])
+    net, [test] = densenet.load(tmp_path / "best.pth"), data.load("cifar10", SAMPLE, ["test"], classes=["dog", "cat"])
     wrong = net((test.pixels / 255 - net.mean) / net.std).argmax(1) != test.labels
     assert error == pytest.approx(100 * wrong.double().mean().item(), rel=1e-4)
     said = capsys.readouterr().out.splitlines()[-1]
     assert f"test error {error:.2f}% with the weights of epoch {epoch:.0f}, the best in validation" in said
-
-
-@pytest.mark.slow
-def test_an_imagenet_network_trains_on_a_folder(on_pictures, tmp_path):
-    argv = [flag for flag in on_pictures if flag not in SMALL[:4]]
-    assert train.main([*argv, "--arch", "densenet121", "--imageSize", "32", "--save", str(tmp_path)]) == 0
-    net = densenet.load(tmp_path / "latest.pth")
-    assert net.fc.out_features == 3 and len(net.dense3) == 24
+    assert train.main(["--evaluate", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/best.pth: test loss" in out and f"error {error:.2f}% of 40 images" in out
 
 
 def test_figures_that_fail_are_one_warning_and_no_harm(flags, whole, tmp_path, monkeypatch, capsys):
@@ -300,22 +244,19 @@ def test_figures_that_fail_are_one_warning_and_no_harm(flags, whole, tmp_path, m
 
 # --- failures ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value", ["nan", slow("inf")])
-@pytest.mark.parametrize("step, epoch, iteration", [(2, 1, 2), (8, 3, 2)])
-def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_replaced(flags, whole, tmp_path, capsys, monkeypatch,
-                                                                            value, step, epoch, iteration):
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_replaced(flags, whole, tmp_path, capsys,
+                                                                            monkeypatch):
     calls, train_step = [], train.train_step
 
     def diverge(*args):
         calls.append(1)
-        return train_step(*args) * (float(value) if len(calls) == step else 1)
+        return train_step(*args) * (math.nan if len(calls) == 8 else 1)
 
     monkeypatch.setattr(train, "train_step", diverge)
     assert train.main([*flags, "--save", str(tmp_path)]) == 1
     said = one_line(capsys.readouterr().err)
-    assert f"the loss of step {iteration} is {value} in epoch {epoch}; " in said and "lower --lr" in said
-    assert ("latest.pth holds epoch 2" if epoch > 1 else "no epoch was finished yet") in said
-    assert checkpoint(tmp_path)["epoch"] == epoch - 1 and len(rows(tmp_path / "train.csv")) == step - 1
+    assert "the loss of step 2 is nan in epoch 3; latest.pth holds epoch 2; start again with a lower --lr" in said
+    assert checkpoint(tmp_path)["epoch"] == 2 and len(rows(tmp_path / "train.csv")) == 7
     assert resume(tmp_path) == 0 and differences(whole, tmp_path) == []
 
 
@@ -326,8 +267,10 @@ def test_a_test_loss_that_is_not_finite_ends_the_run_too(flags, tmp_path, capsys
     assert rows(tmp_path / "test.csv") == [] and checkpoint(tmp_path)["epoch"] == 0
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError(),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")], ids=repr)
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=repr)
 def test_out_of_memory_names_the_flags_that_need_less(flags, tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(error))
     assert train.main([*flags, "--save", str(tmp_path)]) == 1
@@ -343,7 +286,8 @@ def test_a_defect_keeps_its_traceback(flags, tmp_path, monkeypatch):
 
 # --- --evaluate and --predictions -------------------------------------------------------------------------------
 
-def test_evaluate_prints_the_saved_networks_loss_error_and_each_classs_error(whole, images, tmp_path, capsys):
+def test_evaluate_prints_loss_error_and_each_classs_error_and_predictions_are_a_row_for_each_image(
+        whole, images, tmp_path, capsys):
     net, [test] = densenet.load(whole / "latest.pth"), data.load("cifar10", images, ["test"])
     output = net((test.pixels / 255 - net.mean) / net.std)
     wrong = output.argmax(1) != test.labels
@@ -351,57 +295,37 @@ def test_evaluate_prints_the_saved_networks_loss_error_and_each_classs_error(who
     assert rows(whole / "test.csv")[-1] == pytest.approx((EPOCHS, loss, error), rel=1e-5)
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images/data_batch_1.bin").write_bytes(b"damaged")  # it reads the test images alone
-    for run in (whole, whole / "latest.pth"):
+    file, elsewhere = tmp_path / "predictions.csv", ["--data", str(tmp_path / "images"), "--precision", "fp32"]
+    for argv in (["--evaluate", str(whole / "latest.pth"), *elsewhere, "--predictions", str(file)],
+                 ["--evaluate", str(whole)]):  # with the run's --data
         capsys.readouterr()
-        assert train.main(["--evaluate", str(run), "--data", str(tmp_path / "images"), "--precision", "fp32"]) == 0
-        first, *classes = capsys.readouterr().out.splitlines()
+        assert train.main(argv) == 0
+        first, *of_classes = capsys.readouterr().out.splitlines()
         assert first == f"{whole}/latest.pth: test loss {loss:.4f}, error {error:.2f}% of 40 images (fp32)"
-        assert [line.strip() for line in classes] == [
-            f"{c}: {100 * wrong[test.labels == i].double().mean():.2f}%" for i, c in enumerate(test.classes)]
-
-
-def test_predictions_replace_no_file(whole, capsys):
-    before = contents(whole)
-    for name in ("latest.pth", "test.csv", "none/p.csv"):
-        assert "valid is a new file that ends in .csv" in refused(
-            train.main, capsys, "--evaluate", whole, "--predictions", whole / name)
-    assert contents(whole) == before
-
-
-def test_predictions_are_a_row_for_each_test_image(whole, on_pictures, tmp_path, capsys):
-    file = tmp_path / "predictions.csv"
-    assert train.main(["--evaluate", str(whole), "--predictions", str(file)]) == 0  # with the run's --data
+        assert of_classes[:10] == [
+            f"  {c}: {100 * wrong[test.labels == i].double().mean():.2f}%" for i, c in enumerate(test.classes)]
     table = pandas.read_csv(file)
     assert [*table.columns] == ["image", "label", "prediction", "probability"] and [*table.image] == [*range(40)]
-    error = 100 * (table.label != table.prediction).mean()
-    assert error == pytest.approx(rows(whole / "test.csv")[-1][2], rel=1e-4) and table.probability.between(0.1, 1).all()
-    confusion = pandas.crosstab(table.label, table.prediction)
-    assert confusion.to_numpy().sum() == 40 and {*confusion.index} <= {*data.CIFAR10_CLASSES}
-    assert train.main([*on_pictures, "--save", str(tmp_path / "run")]) == 0
-    file = tmp_path / "pictures.csv"
-    assert train.main(["--evaluate", str(tmp_path / "run"), "--predictions", str(file)]) == 0
-    assert [*pandas.read_csv(file).image] == [f"test/{name}/{i}" for name in ("cat", "dog", "ship")
-                                              for i in ("0.jpg", "1.png")]
+    assert [*table.label] == [test.classes[i] for i in test.labels]
+    assert [*table.prediction] == [test.classes[i] for i in output.argmax(1)]
+    assert [*table.probability] == pytest.approx(output.exp().amax(1).tolist(), rel=1e-4)
 
 
-def test_evaluate_takes_the_best_epoch_of_a_validated_run(images, tmp_path, capsys):
-    argv = ["--data", images, *SMALL, "--valSize", "20", "--nEpochs", "1", "--save", str(tmp_path)]
-    assert train.main(argv) == 0 and train.main(["--evaluate", str(tmp_path)]) == 0
-    assert f"{tmp_path}/best.pth: test loss" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("more, said", [
-    (["--resume"], "--resume has no effect with --evaluate; valid are --predictions, --dataset, --data"),
-    (["--depth", "40"], "--depth=40 has no effect"), (["--save", "x"], "--save=x has no effect"),
-    (["--data", "nowhere"], "no CIFAR10"), (["--classes", "cat", "dog"], "has the classes cat, dog, the checkpoint")])
-def test_evaluate_refuses_flags_that_it_would_ignore(whole, capsys, monkeypatch, more, said):
+@pytest.mark.parametrize("line, said", [
+    ("--resume", "--resume has no effect with --evaluate; valid are --predictions, --dataset, --data"),
+    ("--data nowhere", "no CIFAR10"), ("--classes cat dog", "has the classes cat, dog, the checkpoint"),
+    ("--evaluate gone.pth", "gone.pth: No such file"), ("--evaluate /", "/latest.pth: No such file"),
+    ("--predictions {run}/test.csv", "valid is a new file that ends in .csv"),
+    ("--predictions {run}/new.pth", "valid is a new file that ends in .csv")])
+def test_evaluate_refuses_what_it_would_ignore_or_replace_and_what_does_not_fit(whole, capsys, monkeypatch, line, said):
     monkeypatch.setattr(data.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
-    assert said in refused(train.main, capsys, "--evaluate", whole, *more)
+    before = contents(whole)
+    assert said in refused(train.main, capsys, "--evaluate", whole, *line.format(run=whole).split())
+    assert contents(whole) == before
 
 
 @pytest.mark.parametrize("changes, said", [
     ({"flags": ["x"]}, "latest.pth has no flags"), ({"flags": {"mixup": 0.4}}, "--mixup=0.4"),
-    ({"model": None}, "is not a checkpoint of this train.py"), ({"arguments": {"depth": 10**9}}, "is not a checkpoint"),
     ({"flags": {"data": "gone"}}, "--data gone is not to be found from here; give --data"),
     ({"classes": ["\x1b[2J", *"bcdefghij"]}, r"\x1b[2J")], ids=str)
 def test_evaluate_names_a_checkpoint_that_makes_no_sense(run, capsys, changes, said):
@@ -412,41 +336,31 @@ def test_evaluate_names_a_checkpoint_that_makes_no_sense(run, capsys, changes, s
     assert said in line and "\x1b" not in line
 
 
-def test_evaluate_names_a_file_that_is_none(tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
-    for file, said in (("notes.txt", "notes.txt"), ("gone.pth", "gone.pth: No such"), (".", "latest.pth: No such")):
-        assert said in refused(train.main, capsys, "--evaluate", tmp_path / file)
-
-
-def test_a_grayscale_network_refuses_colour_images(pictures, on_pictures, tmp_path, capsys):
+def test_gray_pictures_make_a_network_of_one_channel_and_predictions_name_them(pictures, on_pictures, tmp_path, capsys):
     for path in shutil.copytree(pictures, tmp_path / "gray").rglob("*.*"):
         Image.open(path).convert("L").save(path)
-    argv = [*on_pictures, "--data", str(tmp_path / "gray"), "--save", str(tmp_path / "run")]
-    assert train.main(argv) == 0
-    assert checkpoint(tmp_path / "run")["arguments"]["inChannels"] == 1
+    run, file = tmp_path / "run", tmp_path / "predictions.csv"
+    assert train.main([*on_pictures, "--data", str(tmp_path / "gray"), "--save", str(run)]) == 0
+    assert train.main(["--evaluate", str(run), "--predictions", str(file)]) == 0
+    names = [f"test/{name}/{i}" for name in ("cat", "dog", "ship") for i in ("0.jpg", "1.png")]
+    assert [*pandas.read_csv(file).image] == names
     capsys.readouterr()
-    said = refused(train.main, capsys, "--evaluate", tmp_path / "run", "--data", pictures)
+    said = refused(train.main, capsys, "--evaluate", run, "--data", pictures)
     assert "the images have 3 channels, the network takes 1" in said
 
 
 # --- --init and --pretrained ------------------------------------------------------------------------------------
 
-def veit_names(net):
-    """-> the weights as the out-of-distribution literature ships them"""
-    names = {re.sub(r"^dense(\d+)\.", r"block\1.layer.", name): value for name, value in net.state_dict().items()}
-    return {"state_dict": {f"module.{name}": v for name, v in names.items() if "num_batches" not in name}}
-
-
-@pytest.mark.parametrize("make", [
-    lambda net: net.state_dict(), lambda net: net.torchvision_state_dict(), veit_names],
-    ids=["ours", "torchvision", "Veit"])
-def test_init_starts_from_weights_under_any_of_three_namings(whole, flags, images, tmp_path, make):
-    net = densenet.load(whole / "latest.pth")
-    torch.save(make(net), tmp_path / "weights.pth")
+def test_init_starts_from_weights_as_the_literature_ships_them_with_the_datas_normalisation(whole, flags, images,
+                                                                                            tmp_path):
+    state = densenet.load(whole / "latest.pth").state_dict()
+    names = {re.sub(r"^dense(\d+)\.", r"block\1.layer.", name): name for name in state if "num_batches" not in name}
+    weights = {f"module.{theirs}": state[ours] for theirs, ours in names.items()}
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
     argv = [*flags, "--classes", *reversed(data.CIFAR10_CLASSES), "--init", str(tmp_path / "weights.pth")]
     assert stopped_at("train_step", 1, [*argv, "--save", str(tmp_path / "run")]) == 143  # latest.pth: before any step
-    saved, state = checkpoint(tmp_path / "run"), net.state_dict()
-    assert all(value.equal(state[name]) for name, value in saved["model"].items() if "num_batches" not in name)
+    saved = checkpoint(tmp_path / "run")
+    assert all(saved["model"][name].equal(state[name]) for name in names.values())
     assert (saved["mean"], saved["std"]) == data.load("cifar10", images)[0].mean_and_std()
 
 
@@ -461,40 +375,21 @@ def test_init_from_a_checkpoint_brings_its_normalisation_and_a_classifier_that_d
     assert resume(tmp_path) == 0 and checkpoint(tmp_path)["mean"] == before["mean"]  # though --data has another
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda: densenet.DenseNet(5, 10).state_dict(), "conv1.weight has shape (10, 3, 3, 3); valid is (8, 3, 3, 3)"),
-    (lambda: densenet.DenseNet(4, 16).state_dict(), "trans1.bn1.weight has shape (16,); valid is (12,)"),
-    (lambda: densenet.DenseNet(4, 10), "holds other objects than tensors and plain values, such as a whole network"),
-    (lambda: [1, 2], "the weights are a list; valid is a dict of names and tensors")])
-def test_init_names_what_does_not_fit(flags, tmp_path, capsys, make, said):
-    torch.save(make(), tmp_path / "weights.pth")
-    line = refused(train.main, capsys, *flags, "--init", tmp_path / "weights.pth", "--save", tmp_path / "run")
-    assert said in line and "--init" in line and not (tmp_path / "run").exists()
-    assert "whole network" not in line or "save its state_dict() instead" in line
-
-
-class Weights:
-    """As torchvision.models.get_model_weights("densenet121") returns it."""
-    class DEFAULT:
-        @staticmethod
-        def get_state_dict(check_hash):
-            raise URLError("no route to host")
-
-
 @pytest.mark.slow
-def test_pretrained_starts_from_torchvisions_weights_and_normalisation(on_pictures, tmp_path, monkeypatch, capsys):
-    argv = [flag for flag in on_pictures if flag not in SMALL[:4]]
-    argv += ["--arch", "densenet121", "--pretrained", "--imageSize", "32", "--save", str(tmp_path / "run")]
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: Weights)
+def test_pretrained_starts_an_imagenet_network_from_torchvisions_weights_and_normalisation(on_pictures, tmp_path,
+                                                                                           monkeypatch, capsys):
+    theirs, run = torchvision.models.densenet121().state_dict(), tmp_path / "run"
+    download = Mock(side_effect=URLError("no route to host"))
+    weights = Mock(**{"DEFAULT.get_state_dict": download})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: weights)
+    argv = [*(flag for flag in on_pictures if flag not in SMALL[:4]), "--imageSize", "32", "--save", str(run)]
+    argv += ["--arch", "densenet121", "--pretrained"]
     said = refused(train.main, capsys, *argv)
-    assert "--pretrained: the download failed" in said and "no route to host" in said
-    assert not (tmp_path / "run").exists()
-    theirs = torchvision.models.densenet121().state_dict()
-    monkeypatch.setattr(Weights.DEFAULT, "get_state_dict", lambda check_hash: theirs)
+    assert "--pretrained: the download failed" in said and "no route to host" in said and not run.exists()
+    download.configure_mock(side_effect=None, return_value=theirs)
     assert stopped_at("train_step", 1, argv) == 143
-    saved = checkpoint(tmp_path / "run")
+    saved = checkpoint(run)
     assert saved["mean"] == [0.485, 0.456, 0.406] and saved["model"]["fc.weight"].shape[0] == 3
     assert all(value.equal(theirs[densenet.torchvision_name(name)]) for name, value in saved["model"].items()
                if not name.startswith("fc."))
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: pytest.fail("a download"))
-    assert stopped_at("train_step", 1, ["--resume", "--save", str(tmp_path / "run"), "--no-plot"]) == 143
+    assert resume(run) == 0 and download.call_count == 2  # not downloaded again
