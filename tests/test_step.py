@@ -1,6 +1,7 @@
 """The training step, and what a CUDA graph needs of it, checked without a GPU: by CUDA tensors that have no data, and
 by a recorded step (twin.py). Each of these checks is shown to see the faults that it is for."""
 
+import contextlib
 import copy
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,7 +19,8 @@ import densenet
 import train
 from densenet import DenseNet
 from lib.batches import Batches, epoch_randomness
-from lib.cuda_graph import CaptureFailed
+from lib.cli import Failure
+from lib.cuda_graph import GraphedStep
 from lib.data import Images
 from lib.device import set_up_device
 from lib.distributed import World
@@ -226,7 +228,7 @@ def test_a_step_that_a_graph_cannot_hold_is_seen(fault, check, monkeypatch):
         return loss * constant  # which stands outside, on the CPU
 
     monkeypatch.setattr(F, "nll_loss", faulty_loss)
-    with pytest.raises((DataDependentOutputException, CaptureFailed, AssertionError)):
+    with pytest.raises((DataDependentOutputException, Failure, AssertionError)):
         check(monkeypatch)
 
 
@@ -238,23 +240,35 @@ def test_a_run_of_replays_is_the_run_of_eager_steps(flags, whole, tmp_path, monk
 
 # --- a capture that fails ---------------------------------------------------------------------------------------
 
-def failing(part, kind, message):
-    """-> Twin, in which a method fails after the weights have moved. Leaving a failed capture raises a second error."""
-    def fail(self):
-        self.step()
-        try:
-            raise kind(f"{message}\nmore lines")
-        finally:
-            if part == "capture":
-                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+@contextlib.contextmanager
+def invalid_capture(*_, **__):
+    """Stands for torch.cuda.graph: what fails inside invalidates the capture, so its exit raises, too."""
+    try:
+        yield
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    return type("Failing", (Twin,), {part: fail})
+
+def failing(monkeypatch, part, kind, message):
+    """-> GraphedStep on a CPU, in which the warm-up fails after the weights have moved, or the capture"""
+    class Failing(GraphedStep):
+        def on_side_stream(self):
+            super().step()
+            if part == "warm-up":
+                raise kind(f"{message}\nmore lines")
+
+        def step(self):  # while it is captured
+            raise kind(f"{message}\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "graph", invalid_capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    return Failing
 
 
 def test_if_the_step_cannot_be_tried_out_the_run_stays_eager_and_says_so_once(flags, whole, tmp_path, capsys,
                                                                               monkeypatch):
     use_twin(monkeypatch)
-    monkeypatch.setattr(train, "GraphedStep", failing("on_side_stream", RuntimeError, "not permitted"))
+    monkeypatch.setattr(train, "GraphedStep", failing(monkeypatch, "warm-up", RuntimeError, "not permitted"))
     assert train.main([*flags, "--save", str(tmp_path)]) == 0
     said = one_line(capsys.readouterr().err, "train.py: warning: ")
     assert "no CUDA graph" in said and "not permitted" in said and "more lines" not in said
@@ -263,7 +277,7 @@ def test_if_the_step_cannot_be_tried_out_the_run_stays_eager_and_says_so_once(fl
 
 def test_a_failed_capture_ends_the_run_which_goes_on_without_a_graph(flags, whole, tmp_path, capsys, monkeypatch):
     use_twin(monkeypatch)
-    monkeypatch.setattr(train, "GraphedStep", failing("capture", RuntimeError, "not permitted"))
+    monkeypatch.setattr(train, "GraphedStep", failing(monkeypatch, "capture", RuntimeError, "not permitted"))
     assert train.main([*flags, "--save", str(tmp_path)]) == 1
     said = one_line(capsys.readouterr().err)
     assert "cannot be captured as a CUDA graph (not permitted); start again with --no-graph" in said
@@ -271,12 +285,12 @@ def test_a_failed_capture_ends_the_run_which_goes_on_without_a_graph(flags, whol
     assert {name.partition("/")[2] for name in differences(whole, tmp_path)} == {"flags/no_graph"}
 
 
-@pytest.mark.parametrize("part", ["on_side_stream", "capture"])
+@pytest.mark.parametrize("part", ["warm-up", "capture"])
 @pytest.mark.parametrize(("kind", "message"), [(RuntimeError, "CUDA error: out of memory"), (KeyboardInterrupt, "")])
-def test_memory_and_ctrl_c_are_not_taken_for_a_graph_that_cannot_be_made(kind, message, part):
+def test_memory_and_ctrl_c_are_not_taken_for_a_graph_that_cannot_be_made(kind, message, part, monkeypatch):
     net, optimizer, step = set_up()
     with pytest.raises(kind, match=f"^{message}\nmore lines$"):
-        failing(part, kind, message)(step, net, optimizer, batch_size=8)(*next(batches()), 8)
+        failing(monkeypatch, part, kind, message)(step, net, optimizer, batch_size=8)(*next(batches()), 8)
 
 
 # --- the optimizer of a resumed run -----------------------------------------------------------------------------
