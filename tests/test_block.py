@@ -177,9 +177,12 @@ def test_a_pruned_layer_in_the_middle_of_a_block(efficient):
 
 # --- where the textbook layers run ------------------------------------------------------------------------------
 
-class TwiceNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
+def twice(kind: type[nn.Module]) -> type[nn.Module]:
+    """-> a subclass that gives twice what this class gives"""
+    class Twice(kind):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    return Twice
 
 
 def replaced(name: str, make):
@@ -188,10 +191,6 @@ def replaced(name: str, make):
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, make(net.get_submodule(name)))
     return change
-
-
-def norm(name: str, **arguments):
-    return replaced(name, lambda m: nn.BatchNorm2d(m.num_features, **arguments))
 
 
 def conv(name: str, **arguments):
@@ -223,9 +222,12 @@ CHANGES = {
     "backward hook before a transition's convolution": hooked("trans1.conv1", "register_full_backward_pre_hook"),
     "hook on a convolution": hooked("dense1.1.conv2"),
     "hook on the last norm": hooked("bn1"),
-    "another norm": replaced("dense1.1.bn1", lambda m: TwiceNorm(m.num_features)),
-    "norm without running statistics": norm("dense1.1.bn1", track_running_stats=False),
-    "norm without gamma and beta": norm("dense1.1.bn1", affine=False),
+    "another block": replaced("dense1", lambda block: twice(nn.Sequential)(*block)),
+    "another layer": lambda net: net.dense1.append(nn.Identity()),
+    "another norm": replaced("dense1.1.bn1", lambda m: twice(nn.BatchNorm2d)(m.num_features)),
+    "another convolution": replaced("trans1.conv1", lambda m: twice(nn.Conv2d)(16, 8, kernel_size=1, bias=False)),
+    "norm without running statistics": assigned("dense1.1.bn1", "track_running_stats", False),
+    "norm without gamma and beta": replaced("dense1.1.bn1", lambda m: nn.BatchNorm2d(m.num_features, affine=False)),
     "an eps of its own": assigned("dense1.1.bn2", "eps", 1e-3),
     "a momentum of its own": assigned("bn1", "momentum", 0.3),
     "momentum None": lambda net: [setattr(m, "momentum", None) for m in net.modules() if hasattr(m, "momentum")],
@@ -239,7 +241,6 @@ CHANGES = {
     "stride in a transition": conv("trans1.conv1", stride=2),
     "parametrised convolution": lambda net: nn.utils.parametrizations.weight_norm(net.dense1[1].conv1),
     "pruned weights": lambda net: prune.l1_unstructured(net.dense1[1].conv1, "weight", 0.5),
-    "another layer": lambda net: net.dense1.append(nn.Identity()),
     "a block without layers": without_layers,
     **{f"a container around {name}": replaced(name, nn.Sequential) for name in ("trans1", "trans2.conv1", "bn1")},
     "compiled block": replaced("dense1", lambda m: torch.compile(m, backend="eager")),
