@@ -81,8 +81,9 @@ def test_the_smallest_input_of_each_number_of_blocks(blocks, smallInputs, least)
 
 
 def test_a_replaced_stem_or_transition_takes_what_it_takes(small):
-    small.conv1 = nn.Sequential(nn.Conv2d(1, 3, 1), small.conv1)
     small.trans1 = nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1))  # without pooling: 2x2 is enough
+    assert small(torch.randn(8, 3, 2, 2)).shape == (8, 10)
+    small.conv1 = nn.Sequential(nn.Conv2d(1, 3, 1), small.conv1)
     assert small(torch.randn(8, 1, 2, 2)).shape == (8, 10)
 
 

@@ -53,6 +53,11 @@ def test_a_network_made_with_numpys_numbers_can_be_saved_and_loaded():
     assert densenet.load(io.BytesIO(saved(checkpoint(net)))).arguments == net.arguments
 
 
+def test_a_checkpoint_in_half_precision_loads_in_float32(net):
+    loaded = densenet.load(io.BytesIO(saved(checkpoint(net.half()))))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
 def test_a_flipped_bit_anywhere_is_damage_or_changes_nothing():
     """Damage is a plain ValueError: a ForeignFile would be another program's."""
     content, values, refused = saved({"format": 1, "x": torch.arange(50.0)}), torch.arange(50.0), 0
