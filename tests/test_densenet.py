@@ -1,11 +1,8 @@
-"""The network: its size and connections, impossible arguments and inputs, and the same numbers as torchvision's."""
+"""The network: its size, impossible arguments and inputs, and the same numbers as torchvision's."""
 
 import ast
 import copy
-import math
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -15,10 +12,6 @@ from common import ROOT, efficient_blocks, relative, slow
 
 import densenet
 from densenet import DenseNet, torchvision_name
-
-
-def parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 @pytest.fixture
@@ -33,28 +26,16 @@ ORIGINAL = dict(bottleneck=False, reduction=1.0, initChannels=16)  # the paper's
 
 
 @pytest.mark.parametrize(("make", "arguments", "expected"), [
-    ("DenseNet", dict(), 769_162), ("DenseNet", dict(nClasses=100), 800_032),
-    ("DenseNet", dict(growthRate=24, depth=250), 15_324_406), ("DenseNet", dict(growthRate=40, depth=190), 25_624_430),
+    ("DenseNet", dict(), 769_162), ("DenseNet", dict(growthRate=24, depth=250), 15_324_406),
+    ("DenseNet", dict(growthRate=40, depth=190), 25_624_430),
     ("DenseNet", dict(depth=40, **ORIGINAL), 1_019_722), ("DenseNet", dict(depth=100, **ORIGINAL), 6_979_642),
     ("DenseNet", dict(growthRate=24, depth=100, **ORIGINAL), 27_249_082),
     ("densenet121", dict(), 7_978_856), ("densenet169", dict(), 14_149_480), ("densenet201", dict(), 20_013_928),
     ("densenet161", dict(), 28_681_000)])
 def test_parameter_counts_of_the_paper(make, arguments, expected):
     with torch.device("meta"):
-        assert parameters(getattr(densenet, make)(**arguments)) == expected
-
-
-@pytest.mark.parametrize("bnSize", [1, 4])
-def test_parameter_count_by_layer_arithmetic(bnSize):
-    k, c, total = 12, 24, 3 * 24 * 9
-    for block in range(3):
-        for _ in range(16):
-            total += 2 * c + c * bnSize * k + 2 * bnSize * k + bnSize * k * k * 9
-            c += k
-        if block < 2:
-            total += 2 * c + c * (c // 2)
-            c //= 2
-    assert parameters(DenseNet(bnSize=bnSize)) == total + 2 * c + c * 10 + 10
+        net = getattr(densenet, make)(**arguments)
+    assert sum(p.numel() for p in net.parameters()) == expected
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -62,10 +43,9 @@ def test_parameter_count_by_layer_arithmetic(bnSize):
     (dict(depth=41, bottleneck=False), "depth is 41; valid without bottleneck is 3n + 4, nearest 40 and 43"),
     (dict(depth=4), "nearest 10"),
     (dict(depth=-3), "depth is -3; valid are whole numbers from 1"),
-    (dict(depth=torch.tensor(101)), "depth is 101; valid"),
     (dict(depth=22, blockConfig=(3, 3, 3)), "depth is 22 and blockConfig (3, 3, 3); valid is one of them"),
     (dict(blockConfig=()), "blockConfig is []; valid are whole numbers from 1, one for each block"),
-    (dict(blockConfig=np.array([6, 0])), "blockConfig is [6, 0]"),
+    (dict(blockConfig=(6, 0)), "blockConfig is [6, 0]"),
     (dict(reduction=0), "reduction is 0.0; valid is above 0 and at most 1"),
     (dict(reduction=float("nan")), "reduction is nan"),
     (dict(growthRate=1, depth=10, reduction=0.01), "leaves none of the 3 channels after block 1; valid is 1/3 to 1"),
@@ -79,34 +59,7 @@ def test_impossible_geometry_is_refused_with_the_valid_values(arguments, message
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("arguments", [
-    dict(nClasses=np.array([3, 6]).max() + 1, growthRate=np.uint8(4), blockConfig=np.array([1, 2])),
-    dict(nClasses=torch.tensor(7), growthRate=torch.tensor(4), blockConfig=torch.tensor([1, 2])),
-    dict(nClasses=7, growthRate=4, blockConfig=(np.int16(1), 2), reduction=np.float32(0.5), dropRate=np.float64(0)),
-    dict(nClasses=7, growthRate=4, blockConfig=[1, 2], reduction=Fraction(1, 2), smallInputs=np.True_)])
-def test_numbers_of_any_library_become_pythons(arguments):
-    net = DenseNet(**arguments)
-    expected = dict(growthRate=4, depth=None, reduction=0.5, nClasses=7, bottleneck=True, blockConfig=[1, 2],
-                    smallInputs=True, dropRate=0.0, initChannels=None, inChannels=3, bnSize=4)
-    assert net.arguments == expected
-    assert str(net.arguments) == str(expected)  # NumPy's numbers have another repr
-    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
-
-
 # --- input ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("efficient", [False, True])
-@pytest.mark.parametrize(("n", "height", "width"), [(1, 32, 32), (2, 64, 64), (3, 33, 47), (5, 4, 7), (1, 9, 8)])
-def test_images_of_any_size_and_a_batch_of_one(n, height, width, efficient):
-    net = DenseNet(growthRate=4, depth=10, nClasses=7, efficient=efficient)
-    x = torch.randn(n, 3, height, width)
-    out = net(x)
-    assert out.shape == (n, 7) and efficient_blocks(out) == (3 if efficient else 0)
-    torch.testing.assert_close(out.exp().sum(1), torch.ones(n))
-    net.eval()
-    torch.testing.assert_close(net(x)[:1], net(x[:1]), rtol=1e-4, atol=1e-5)  # rows do not depend on each other
-    torch.testing.assert_close(F.log_softmax(net.fc(net.features(x)), 1), net(x))
-
 
 @pytest.mark.parametrize(("shape", "message"), [
     ((2, 1, 32, 32), "input has shape (2, 1, 32, 32); valid is (N, 3, H, W)"),
@@ -119,7 +72,7 @@ def test_impossible_input_is_refused(shape, message, small):
 
 
 @pytest.mark.parametrize(("blocks", "smallInputs", "least"), [
-    ((2,), True, 1), ((1, 2), True, 2), ((1,) * 5, True, 16), ((1, 1), False, 5), ((2, 3, 1, 2), False, 29)])
+    ((2,), True, 1), ((1, 1, 1), True, 4), ((2, 3, 1, 2), False, 29)])
 def test_the_smallest_input_of_each_number_of_blocks(blocks, smallInputs, least):
     net = DenseNet(4, blockConfig=blocks, smallInputs=smallInputs)
     assert net(torch.randn(8, 3, least, least)).shape == (8, 10)
@@ -128,8 +81,9 @@ def test_the_smallest_input_of_each_number_of_blocks(blocks, smallInputs, least)
 
 
 def test_a_replaced_stem_or_transition_takes_what_it_takes(small):
-    small.conv1 = nn.Sequential(nn.Conv2d(1, 3, 1), small.conv1)
     small.trans1 = nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1))  # without pooling: 2x2 is enough
+    assert small(torch.randn(8, 3, 2, 2)).shape == (8, 10)
+    small.conv1 = nn.Sequential(nn.Conv2d(1, 3, 1), small.conv1)
     assert small(torch.randn(8, 1, 2, 2)).shape == (8, 10)
 
 
@@ -141,28 +95,6 @@ def test_log_probabilities_are_float32_under_autocast(small):
     torch.testing.assert_close(out, small(x), rtol=0.05, atol=0.05)
 
 
-# --- connections and initial weights ----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("bottleneck", [True, False])
-def test_every_layer_reads_all_layers_before_it(bottleneck):
-    """Each layer's output is moved in turn."""
-    net = DenseNet(growthRate=4, depth=28 if bottleneck else 16, bottleneck=bottleneck).eval()
-    x, seen = torch.randn(1, 3, 16, 16), []
-    for layer in net.dense2:
-        layer.bn1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    net(x)
-    before, first = [*seen], net.dense2[0].bn1.num_features
-    for source, layer in enumerate(net.dense2):
-        seen.clear()
-        handle = (layer.conv2 if bottleneck else layer.conv1).register_forward_hook(lambda _, __, out: out + 1)
-        net(x)
-        handle.remove()
-        start = first + 4 * source
-        for reader in range(len(net.dense2)):
-            changed = (seen[reader] != before[reader]).all((0, 2, 3)).nonzero().flatten().tolist()
-            assert changed[:4] == ([*range(start, start + 4)] if reader > source else [])
-
-
 def test_dropout_follows_every_convolution_but_the_first(monkeypatch):
     shapes = []
     monkeypatch.setattr(F, "dropout", lambda x, p, training: shapes.append((*x.shape[1:3], p, training)) or x)
@@ -171,59 +103,28 @@ def test_dropout_follows_every_convolution_but_the_first(monkeypatch):
         (16, 8), (4, 8), (6, 8), (16, 4), (4, 4), (5, 4), (16, 2), (4, 2))]
 
 
-def test_convolutions_start_with_he_normal_weights_and_norms_as_identity():
-    torch.manual_seed(3)
-    net = DenseNet(growthRate=24, depth=40)
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            std, n = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)), m.weight.numel()
-            assert m.weight.std().item() / std == pytest.approx(1, abs=5 / math.sqrt(2 * n))
-            assert m.weight.mean().item() == pytest.approx(0, abs=5 * std / math.sqrt(n))
-        elif isinstance(m, nn.BatchNorm2d):
-            assert (m.weight == 1).all() and (m.bias == 0).all()
-    assert (net.fc.bias == 0).all()
-
-
 # --- torchvision's networks -------------------------------------------------------------------------------------
 
-def cifar_pair(depth: int, efficient: bool | str, **arguments) -> tuple[DenseNet, nn.Module]:
-    """-> our network and torchvision's with our stem"""
-    ours = DenseNet(growthRate=12, depth=depth, efficient=efficient, **arguments)
-    theirs = torchvision.models.DenseNet(12, ((depth - 4) // 6,) * 3, 24, ours.arguments["bnSize"], num_classes=10)
-    theirs.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+@pytest.mark.parametrize(("depth", "bnSize"), [(22, 2), slow(100, 4)])
+@pytest.mark.parametrize("efficient", [False, True, "max"])
+def test_outputs_gradients_and_running_statistics_are_torchvisions(efficient, depth, bnSize):
+    torch.manual_seed(0)
+    ours = DenseNet(depth=depth, bnSize=bnSize, efficient=efficient).double()
+    theirs = torchvision.models.DenseNet(12, ((depth - 4) // 6,) * 3, 24, bnSize, num_classes=10)
+    theirs.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)  # our stem
     for name in ("norm0", "relu0", "pool0"):
         delattr(theirs.features, name)
-    return ours, theirs
-
-
-def imagenet_pair(efficient: bool | str, **arguments) -> tuple[DenseNet, nn.Module]:
-    ours = DenseNet(8, blockConfig=(2, 3, 1, 2), smallInputs=False, efficient=efficient, **arguments)
-    return ours, torchvision.models.DenseNet(8, (2, 3, 1, 2), 16, ours.arguments["bnSize"], num_classes=10)
-
-
-@pytest.mark.parametrize("make", [
-    pytest.param(lambda efficient: cifar_pair(22, efficient), id="BC 22-12"),
-    pytest.param(lambda efficient: cifar_pair(22, efficient, bnSize=2), id="bnSize 2"),
-    pytest.param(lambda efficient: imagenet_pair(efficient), id="ImageNet's stem"),
-    pytest.param(lambda efficient: cifar_pair(100, efficient), id="BC 100-12", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("efficient", [False, True, "max"])
-def test_outputs_gradients_and_running_statistics_are_torchvisions(make, efficient):
-    torch.manual_seed(0)
-    ours, theirs = (net.double() for net in make(efficient))
-    theirs.load_state_dict(ours.torchvision_state_dict())
-    size = (36, 32) if ours.arguments["smallInputs"] else (68, 64)
-    x, labels = torch.randn(3, 3, *size, dtype=torch.float64), torch.tensor([1, 5, 9])
+    theirs.double().load_state_dict(ours.torchvision_state_dict())
+    x, labels = torch.randn(3, 3, 36, 32, dtype=torch.float64), torch.tensor([1, 5, 9])
     xs = [x.clone().requires_grad_() for _ in range(2)]
     out, expected = ours(xs[0]), F.log_softmax(theirs(xs[1]), 1)
-    assert efficient_blocks(out) == (ours.nBlocks if efficient else 0)
+    assert efficient_blocks(out) == (3 if efficient else 0)
     for each in (out, expected):
         F.nll_loss(each, labels).backward()
     assert relative(out, expected) < 1e-12 and relative(xs[0].grad, xs[1].grad) < 1e-10
     gradients, buffers = ({name: p.grad for name, p in theirs.named_parameters()}, dict(theirs.named_buffers()))
-    scale = max(gradient.norm().item() for gradient in gradients.values())
-    for name, p in ours.named_parameters():  # the norm that follows bn0 undoes its scale: its gradient nearly cancels
-        expected = gradients[torchvision_name(name)]
-        assert (p.grad - expected).norm() < 1e-10 * max(expected.norm().item(), 1e-3 * scale), name
+    for name, p in ours.named_parameters():
+        assert relative(p.grad, gradients[torchvision_name(name)]) < 1e-10, name
     for name, buffer in ours.named_buffers():
         assert relative(buffer, buffers[torchvision_name(name)]) < 1e-12, name
 
@@ -246,25 +147,7 @@ def test_imagenets_networks_equal_torchvisions_bit_for_bit(name):
         assert ours.eval()(x).equal(theirs.eval()(x).log_softmax(1))
 
 
-# --- in other people's tools ------------------------------------------------------------------------------------
-
-TOOLS = {
-    "torch.export": lambda net, x: torch.export.export(
-        net, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)).module(),
-    "torch.compile": lambda net, x: torch.compile(net, backend="eager", fullgraph=True),
-    "torch.fx": lambda net, x: torch.fx.symbolic_trace(net),
-    "torch.jit.trace": lambda net, x: torch.jit.trace(net, x),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
-@pytest.mark.parametrize("tool", TOOLS)
-def test_a_traced_network_computes_the_same(tool):
-    net = DenseNet(4, blockConfig=(1, 2), smallInputs=False).eval()
-    traced = TOOLS[tool](net, torch.randn(2, 3, 16, 16))
-    x = torch.randn(5, 3, 16, 16)
-    torch.testing.assert_close(traced(x), net(x), rtol=1e-5, atol=1e-6)
-
+# --- among other tools and scripts ------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_an_onnx_file_computes_the_same(small, tmp_path):

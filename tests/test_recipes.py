@@ -5,7 +5,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from common import efficient_blocks
 
 from densenet import DenseNet
 
@@ -36,14 +35,6 @@ def images() -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_log_probabilities_logits_and_features(net, theirs, images):
-    features = net.features(images)  # (N, C): global average pooling
-    logits = net.fc(features)  # (N, nClasses)
-    logProbabilities = net(images)
-
-    assert close(logits, theirs(images)) and close(logProbabilities, theirs(images).log_softmax(1))
 
 
 def test_the_trunks_feature_maps(net, theirs, images):
@@ -106,11 +97,3 @@ def test_export_with_any_batch_size(net, images, tmp_path):
 
     more = torch.randn(5, 3, 64, 64)
     assert close(torch.export.load(tmp_path / "net.pt2").module()(more), net(more))
-
-
-def test_training_in_less_memory(images):
-    net = DenseNet(**SMALL, efficient="max").train()  # True, the default, keeps more and takes less time
-    out = net(images)
-    F.nll_loss(out, torch.tensor([1, 2])).backward()
-
-    assert efficient_blocks(out) == 4
