@@ -111,10 +111,11 @@ def test_other_images_are_refused(interrupted, capsys, tmp_path, n_test, changed
 
 
 def test_a_flag_of_another_version_is_ignored_at_its_default_and_else_named(interrupted, capsys):
+    """So is 1.1's --compile, which was the same function."""
     flags = checkpoint(interrupted)["flags"]
     edit_checkpoint(interrupted / "latest.pth", flags=flags | {"mixup": 0.4})
     assert "--mixup=0.4" in run_refused(capsys, interrupted, "--resume")
-    edit_checkpoint(interrupted / "latest.pth", flags=flags | {"mixup": None, "swa": False})
+    edit_checkpoint(interrupted / "latest.pth", flags=flags | {"mixup": None, "swa": False, "compile": True})
     assert resume(interrupted) == 0
 
 
@@ -163,9 +164,9 @@ def wait_for(reached, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_random_moments_end_the_same():
-    """Also while they are prolonged, or overwrite an old run."""
-    done = run_script("tests/benchmarks/kill.py", "--n", 5, "--threads", 1, "--images", 128)
-    assert done.returncode == 0 and "5 of 5 identical, after " in done.stdout, done.stdout + done.stderr
+    """Also one with validation, while it is prolonged."""
+    done = run_script("tests/benchmarks/kill.py", "--n", 3, "--threads", 1, "--images", 128)
+    assert done.returncode == 0 and "3 of 3 identical, after " in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
