@@ -152,6 +152,7 @@ def validated(short, one_thread, tmp_path_factory):
     save = tmp_path_factory.mktemp("runs") / "validated"
     assert train.main([*short, "--valSize", "20", "--batchSz", "60", "--save", str(save)]) == 0
     (save / "loss.png").write_text("a figure")
+    (save / ".best.pth.tmp").write_text("half")  # of a process that was killed
     return save
 
 
