@@ -116,6 +116,19 @@ def test_float32_and_bfloat16_round_as_the_textbook_does(autocast, allowed):
         assert median(errors[efficient]) <= allowed * median(errors[False]), errors
 
 
+def test_sums_over_bfloat16_tiles_are_made_in_float32(monkeypatch):
+    """In a whole step the rounding of activations hides their error."""
+    monkeypatch.setattr(densenet, "TILE", 64)  # a tile for each image
+    xhat, dout = torch.randn(2, 32, 5, 8, 8).bfloat16()
+    gamma, beta = torch.randn(2, 5, dtype=torch.float32)
+    G = torch.zeros(xhat.shape, dtype=torch.float32)
+    (dgamma, dbeta), _ = densenet.relu_then_backward(
+        *map(densenet.tiles, (dout, xhat)), gamma, beta, (1, 1), densenet.tiles(G))
+    da = dout.double() * (densenet.affine_relu(xhat, gamma, beta) > 0)
+    assert relative(dbeta, da.sum((0, 2, 3))) < 1e-5 > relative(dgamma, (da * xhat).sum((0, 2, 3)))
+    assert relative(G, da * gamma.view(-1, 1, 1)) < 1e-5
+
+
 # --- autograd's other users -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("autocast", [False, True])
