@@ -10,9 +10,7 @@ if __name__ == "__main__":
     stop_on_signals()  # before the slow imports
 
 import argparse
-import contextlib
 import copy
-import csv
 import functools
 import math
 import os
@@ -20,7 +18,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,14 +28,15 @@ import torchvision
 from tqdm import tqdm
 
 import densenet
-from lib import data, distributed
+from lib import cli, data, distributed
 from lib.batches import Batches, batch_sizes, dropout_seed, epoch_randomness
-from lib.cli import exit_status, network_arguments, printable
+from lib.cli import exit_status, network_arguments
 from lib.cuda_graph import GraphedStep
 from lib.data import Images
 from lib.device import device_name, set_up_device
 from lib.distributed import World, broadcast, broadcast_buffers, sum_over_ranks
-from lib.flags import parse_args, restore, resumed_args, saved_flags
+from lib.evaluation import autocast, evaluate, evaluate_run
+from lib.flags import parse_args, resumed_args, saved_flags
 from lib.run import Run, RunError
 
 IMAGENET_MEAN_AND_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of torchvision's pretrained networks
@@ -145,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     finish(run, state, args, world)
 
 
-# --- training and evaluation ------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 def train_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, images: torch.Tensor,
                labels: torch.Tensor, images_per_rank: float) -> torch.Tensor:
@@ -198,25 +196,6 @@ def train_epoch(step: Callable[..., torch.Tensor], batches: Batches, args: argpa
     return (total / batches.n).tolist()
 
 
-@torch.no_grad()
-def evaluate(net: densenet.DenseNet, batches: Batches, args: argparse.Namespace, world: World,
-             outputs: list[torch.Tensor] | None = None) -> list[float]:
-    """-> mean loss and error in percent over the images of all ranks; ``outputs`` gets the log-probabilities"""
-    net.eval()
-    dtype = torch.float32 if batches.device.type == "mps" else torch.float64  # mps has no float64
-    total = torch.zeros(2, dtype=dtype, device=batches.device)
-    size = max(args.batchSz, 250 * 32 * 32 // (batches.height * batches.width))  # as many pixels at any image size
-    for images, labels, _ in batches.plain(size, None, world.rank, world.size):
-        with autocast(images.device, args.precision):
-            output = net(images)
-        total[0] += F.nll_loss(output, labels, reduction="sum")
-        total[1] += (output.argmax(1) != labels).sum() * 100
-        if outputs is not None:
-            outputs.append(output.cpu())
-    net.train()
-    return (sum_over_ranks(total, world) / batches.n).tolist()
-
-
 def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
     """-> the rate in an epoch, from 1 on; it never rises, and epochs after ``nEpochs`` keep the last one
 
@@ -229,13 +208,6 @@ def learning_rate(schedule: str, lr: float, epoch: int, nEpochs: int) -> float:
     if schedule == "step" and 4 * (epoch - 1) >= 3 * nEpochs:  # in integers: 3/4 of 50 epochs is not a whole number
         return lr / 100
     return lr / 10 if schedule == "step" and 2 * (epoch - 1) >= nEpochs else lr
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    if precision != "bf16":
-        return contextlib.nullcontext()
-    # no cache: a graph would replay the first step's casts of the weights
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def check_finite(name: str, value: float, epoch: int, saved: int | None = None) -> None:
@@ -390,7 +362,7 @@ def state_dicts(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def say(message: str, world: World) -> None:
     if world.rank == 0:
-        print(printable(message), flush=True)
+        cli.say(message)
 
 
 def finish(run: Run, state: dict[str, Any], args: argparse.Namespace, world: World) -> None:
@@ -404,50 +376,6 @@ def finish(run: Run, state: dict[str, Any], args: argparse.Namespace, world: Wor
     else:
         text = f"final test error {error:.2f}%, best {best['error']:.2f}% (epoch {best['epoch']})"
     say(f"{text} after {state['epoch']} epochs; everything is in {args.save}", world)
-
-
-# --- evaluation of a run ----------------------------------------------------------------------------------------
-
-def evaluate_run(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
-    """Prints the test loss, error and each class's error of --evaluate, a checkpoint or a run's directory, whose flags
-    are the defaults; writes --predictions."""
-    file = Path(args.evaluate)
-    if file.is_dir():
-        file /= "best.pth" if (file / "best.pth").exists() else "latest.pth"
-    try:
-        checkpoint = densenet.read_checkpoint(file)
-    except OSError as error:
-        raise ValueError(f"--evaluate {file}: {error.strerror}") from None
-    net, of_run = densenet.network_of(checkpoint, file), restore(checkpoint, str(file))
-    for name in ("dataset", "data", "classes", "imageSize", "precision", "deterministic"):
-        if name not in explicit:
-            setattr(args, name, getattr(of_run, name))
-    if "data" not in explicit and not os.path.exists(args.data):
-        raise ValueError(f"the run's --data {args.data} is not to be found from here; give --data")
-    if args.precision == "tf32" and "precision" not in explicit and not torch.cuda.is_available():
-        args.precision = "fp32"  # of a run on a GPU
-    device = set_up_device(args, World())
-    [test] = data.load(args.dataset, args.data, ["test"], imageSize=args.imageSize or 32, classes=args.classes,
-                       download="data" in explicit)
-    test = test.with_channels(net.arguments["inChannels"])
-    if test.classes != net.classes:
-        raise ValueError(f"--data {args.data} has the classes {data.shorten(test.classes)}, the checkpoint "
-                         f"{data.shorten(net.classes)}")
-    batches, outputs = Batches(test, net.mean.flatten().tolist(), net.std.flatten().tolist(), device), []
-    loss, error = evaluate(net.to(device), batches, args, World(), outputs)
-    say(f"{file}: test loss {loss:.4f}, error {error:.2f}% of {batches.n} images ({args.precision})", World())
-    probability, prediction = torch.cat(outputs).float().exp().max(1)
-    for label, name in enumerate(test.classes):
-        wrong = prediction[test.labels == label] != label
-        say(f"  {name}: {100 * wrong.float().mean():.2f}%" if len(wrong) else f"  {name}: no images", World())
-    if args.predictions:
-        names = test.files or range(batches.n)
-        with open(args.predictions, "w", newline="", errors="surrogateescape") as table:
-            writer = csv.writer(table)
-            writer.writerow(("image", "label", "prediction", "probability"))
-            writer.writerows((name, test.classes[label], test.classes[found], f"{p:.6g}") for name, label, found, p
-                             in zip(names, test.labels, prediction, probability.tolist(), strict=True))
-        say(args.predictions, World())
 
 
 if __name__ == "__main__":

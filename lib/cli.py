@@ -115,6 +115,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def say(message: str) -> None:
+    print(printable(message), flush=True)
+
+
 def tell(message: str, program: str = "train.py") -> None:
     """Prints one line on stderr. A closed stderr or a full disk must not stop a training."""
     with contextlib.suppress(OSError):
