@@ -16,7 +16,7 @@ import torch.nn as nn
 
 
 class WrongEnvironment(ValueError):
-    """Raised for torchrun's variables. Each process has its own: rank 0 cannot tell this for the others."""
+    """torchrun's environment variables are wrong. Each process reports its own, which rank 0 does not know."""
 
 
 class World(NamedTuple):
